@@ -1,0 +1,47 @@
+# Every target makes what it needs, so that `make demo` and `make test` are all that a fresh clone must be told.
+# PYTHON picks the interpreter; NO_VENV=1 uses it as it is (a GPU machine that already has torch).
+PYTHON ?= python3
+ifdef NO_VENV
+RUN := $(PYTHON)
+DEMO_ENV :=
+DEV_ENV :=
+else
+RUN := .venv/bin/python
+DEMO_ENV := .venv/.demo-installed
+DEV_ENV := .venv/.dev-installed
+endif
+export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
+
+.PHONY: demo test lint bench gpu-check clean
+
+demo: $(DEMO_ENV) ## photographs -> shards -> a pretrained tiny MAE -> pictures, in demo/
+	$(RUN) -m patchmill.tools.demo --out demo
+
+test: $(DEV_ENV) ## two processes: Triton's interpreter is switched on when a kernel is decorated
+	$(RUN) -m pytest -q
+	TRITON_INTERPRET=1 $(RUN) -m pytest -q -m interpreter
+
+lint: $(DEV_ENV)
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy patchmill tests
+
+bench: $(DEV_ENV) ## the CPU benchmarks; results go to benchmarks/results/
+	$(RUN) -m benchmarks.run_all
+
+gpu-check: $(DEV_ENV) ## GPU tests and benchmarks, under 9 minutes; results in $$OUT or benchmarks/results/
+	$(RUN) -m benchmarks.gpu_check
+
+clean:
+	rm -rf .venv demo build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+
+.venv/bin/python:
+	$(PYTHON) -m venv .venv
+
+.venv/.demo-installed: pyproject.toml constraints.txt | .venv/bin/python
+	.venv/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[demo]'
+	touch $@
+
+.venv/.dev-installed: pyproject.toml constraints.txt | .venv/bin/python
+	.venv/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,dali]'
+	touch $@ .venv/.demo-installed

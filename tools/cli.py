@@ -1,0 +1,62 @@
+"""[patchmill <command>] -> tools/<command>.py: one command line, one file per command.
+
+Users' mistakes end in one message on stderr and exit code 2; a traceback means a fault of ours.
+"""
+
+import importlib
+import sys
+
+from patchmill import __version__
+
+COMMANDS = {
+    "shard": "pack a folder of images into WebDataset shards with an index, a manifest and checksums",
+    "pretrain": "pretrain a masked autoencoder on shards",
+    "reconstruct": "draw masked | reconstruction | original for a checkpoint",
+}
+
+
+def usage() -> str:
+    """The text of `patchmill --help`."""
+    width = max(map(len, COMMANDS))
+    commands = "\n".join(f"  {name:<{width}}  {what}" for name, what in COMMANDS.items())
+    return (
+        f"patchmill {__version__}: masked autoencoders pretrained at the speed of the accelerator\n\n"
+        f"usage: patchmill COMMAND [OPTIONS]\n\ncommands:\n{commands}\n\n"
+        "`patchmill COMMAND --help` lists a command's options and an example.\n"
+        "A first run:\n"
+        "  patchmill shard photos/ shards/\n"
+        "  patchmill pretrain --recipe mae-tiny --data.path shards/ --out runs/first\n"
+        "  patchmill reconstruct --checkpoint runs/first --data.path shards/ --out grid.png\n"
+    )
+
+
+def run(command: str, argv: list[str]) -> int:
+    """Runs one command and returns its exit code; `ValueError` and `OSError` become one message and 2."""
+    module = importlib.import_module(f"patchmill.tools.{command.replace('-', '_')}")
+    try:
+        return module.main(argv)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+def main() -> int:
+    """Entry point of the `patchmill` script."""
+    argv = sys.argv[1:]
+    if not argv or argv[0] in ("-h", "--help"):
+        print(usage(), end="")
+        return 0 if argv else 2
+    if argv[0] == "--version":
+        print(__version__)
+        return 0
+    if argv[0] not in COMMANDS:
+        print(f"error: no command {argv[0]!r}; there are: {', '.join(COMMANDS)}", file=sys.stderr)
+        return 2
+    return run(argv[0], argv[1:])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
