@@ -1,0 +1,32 @@
+"""decode, masks -> [batch] -> training step: what a step receives.
+
+Ownership: a batch's tensors belong to whoever holds the batch. The loader never writes into them again, so that a batch may
+be kept, compared or copied at leisure; dropping it gives the memory back.
+"""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from patchmill.pipeline.masks import MaskPlan
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One rank's share of a global batch, on the training device and ordered after the current stream.
+
+    Attributes:
+        images: uint8 `[B, H, W, C]`, cropped, resized and perhaps flipped; not normalised.
+        plan: which patches are kept and which are masked.
+        labels: int64 `[B]`; -1 unknown.
+        sample_ids: int64 `[B]`; index in the dataset's sample table (a plain tar stream: a hash of shard name and key).
+        epoch: pass over the data, from 0.
+        step: step within the epoch, from 0.
+    """
+
+    images: Tensor
+    plan: MaskPlan
+    labels: Tensor
+    sample_ids: Tensor
+    epoch: int
+    step: int
