@@ -1,0 +1,183 @@
+"""recipe -> [config] -> model, loader, optimizer: everything a run is, in frozen dataclasses.
+
+A run's config is resolved once, checked here, saved beside the run as config.toml and never changed afterwards.
+Names carry their unit (`_steps`, `_epochs`); an unset option is an absent key.
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from patchmill.pipeline.loader import DataConfig
+from patchmill.pipeline.masks import MaskConfig
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Shape of a masked autoencoder (He et al. 2021, section 3; defaults: ViT-B/16 with the 8 x 512 decoder)."""
+
+    image_size: int | tuple[int, int] = 224
+    """pixels: one number for a square, or height and width"""
+    patch_size: int = 16
+    """pixels on a side"""
+    embed_dim: int = 768
+    """encoder width"""
+    depth: int = 12
+    """encoder blocks"""
+    num_heads: int = 12
+    """encoder attention heads"""
+    decoder_embed_dim: int = 512
+    """decoder width"""
+    decoder_depth: int = 8
+    """decoder blocks"""
+    decoder_num_heads: int = 16
+    """decoder attention heads"""
+    mlp_ratio: float = 4.0
+    """hidden width of the MLPs over their block's width"""
+    channels: int = 3
+    """image channels"""
+    norm_pix_loss: bool = True
+    """predict pixels normalised by their patch's mean and variance (section 4.1: the better features)"""
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    """per channel, in 0..1 units, subtracted from the images"""
+    std: tuple[float, ...] = IMAGENET_STD
+    """per channel, in 0..1 units, divides the images"""
+
+    def __post_init__(self) -> None:
+        height, width = self.image_hw
+        for name in ("patch_size", "embed_dim", "depth", "num_heads", "decoder_embed_dim", "decoder_depth"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"model.{name} is {getattr(self, name)}; it must be at least 1")
+        if height % self.patch_size or width % self.patch_size:
+            raise ValueError(
+                f"model.image_size {height}x{width} is no multiple of model.patch_size {self.patch_size}; "
+                f"the nearest that is: {_nearest(height, self.patch_size)}x{_nearest(width, self.patch_size)}"
+            )
+        for width_name, heads_name in (("embed_dim", "num_heads"), ("decoder_embed_dim", "decoder_num_heads")):
+            dim, heads = getattr(self, width_name), getattr(self, heads_name)
+            if heads < 1 or dim % heads:
+                raise ValueError(f"model.{width_name} {dim} cannot be split over model.{heads_name} {heads} heads")
+            if dim % 4:
+                raise ValueError(f"model.{width_name} {dim} must be a multiple of 4 for 2-D sin-cos positions")
+        if not len(self.mean) == len(self.std) == self.channels:
+            raise ValueError(
+                f"model.mean has {len(self.mean)} and model.std {len(self.std)} values for "
+                f"model.channels {self.channels}; give one of each per channel"
+            )
+        if min(self.std) <= 0:
+            raise ValueError(f"model.std {self.std} must be positive")
+
+    @property
+    def image_hw(self) -> tuple[int, int]:
+        """Height and width in pixels."""
+        return (self.image_size, self.image_size) if isinstance(self.image_size, int) else self.image_size
+
+    @property
+    def grid_hw(self) -> tuple[int, int]:
+        """Patches down and across."""
+        height, width = self.image_hw
+        return height // self.patch_size, width // self.patch_size
+
+    @property
+    def num_patches(self) -> int:
+        """L: patches in an image."""
+        return self.grid_hw[0] * self.grid_hw[1]
+
+    @property
+    def patch_dim(self) -> int:
+        """P: values in a patch."""
+        return self.patch_size**2 * self.channels
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW and its schedule (He et al. 2021, Table 8)."""
+
+    blr: float = 1.5e-4
+    """base learning rate: lr = blr * global batch / 256"""
+    min_lr: float = 0.0
+    """where the cosine ends"""
+    warmup_epochs: float = 40.0
+    """epochs of linear warm-up"""
+    weight_decay: float = 0.05
+    """for parameters of more than one dimension that are no biases"""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """AdamW's momentum terms"""
+    clip_grad: float | None = None
+    """largest gradient norm; unset: no clipping, as published"""
+
+    def __post_init__(self) -> None:
+        if self.blr <= 0:
+            raise ValueError(f"optim.blr is {self.blr}; it must be positive")
+        if self.clip_grad is not None and self.clip_grad <= 0:
+            raise ValueError(f"optim.clip_grad is {self.clip_grad}; it must be positive (leave it out for no clipping)")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How long, how large, how precise, and what is kept."""
+
+    global_batch: int = 4096
+    """images per update, over all ranks and accumulation steps"""
+    accum_steps: int = 1
+    """forward and backward passes per update"""
+    total_epochs: float = 800.0
+    """length of the run; the schedule ends here"""
+    total_steps: int | None = None
+    """length of the run in updates, instead of total_epochs"""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """matrix products in bf16 with fp32 weights, or all in fp32; auto: bf16 where the hardware has it"""
+    compile: bool = False
+    """compile the model with torch.compile (minutes at the start, faster steps)"""
+    deterministic: bool = False
+    """bit-identical runs on a GPU too (slower there; a CPU run always is)"""
+    log_every_steps: int = 10
+    """how often measured values leave the device"""
+    save_every_steps: int = 1000
+    """how often a checkpoint is written"""
+    keep_last: int = 3
+    """checkpoints that stay on disk"""
+    tensorboard: bool = True
+    """write TensorBoard events beside metrics.jsonl"""
+
+    def __post_init__(self) -> None:
+        for name in ("global_batch", "accum_steps", "log_every_steps", "save_every_steps", "keep_last"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"train.{name} is {getattr(self, name)}; it must be at least 1")
+        if self.total_steps is not None and self.total_steps < 1:
+            raise ValueError(f"train.total_steps is {self.total_steps}; it must be at least 1")
+        if self.total_epochs <= 0:
+            raise ValueError(f"train.total_epochs is {self.total_epochs}; it must be positive")
+
+
+@dataclass(frozen=True)
+class PretrainConfig:
+    """A pretraining run, whole.
+
+    Example:
+        patchmill pretrain --recipe mae-vit-b16 --data.path shards/ --out runs/b16 --train.global-batch 1024
+    """
+
+    out: str = ""
+    """folder of the run: config.toml, metrics.jsonl, checkpoints/, loss.png"""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    mask: MaskConfig = field(default_factory=MaskConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    seed: int = 0
+    """of weights, order, crops, flips and masks"""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: cuda where there is one"""
+    resume: str = "auto"
+    """auto (newest valid checkpoint in the run folder), never, or a checkpoint's path"""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.seed < 2**64:
+            raise ValueError(f"seed is {self.seed}; it must fit 64 bits without a sign")
+
+
+def _nearest(size: int, patch: int) -> int:
+    return max(1, round(size / patch)) * patch

@@ -1,0 +1,109 @@
+"""metrics, predictions -> [pictures] -> PNG: what people would rather look at.
+
+Figure 2 of He et al. 2021 for reconstructions (masked | reconstruction | original) and the loss curve of a run.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from patchmill.kernels.gather import gather_patches
+from patchmill.pipeline.masks import MaskPlan
+from patchmill.trainer.mae import MaskedAutoencoder
+
+GAP = 4
+"""white pixels between images, before scaling"""
+GREY = 128
+"""grey level of a masked patch"""
+
+
+@torch.no_grad()
+def reconstruct(model: MaskedAutoencoder, images_BHWC: Tensor, plan: MaskPlan) -> tuple[Tensor, Tensor]:
+    """The masked images and their reconstructions (visible patches as they are, masked ones as predicted).
+
+    A model of normalised pixels predicts each patch up to its mean and standard deviation: those of the true patch are
+    used, as the published demo does, so that brightness and contrast of its patches are given, not predicted.
+
+    Args:
+        images_BHWC: uint8.
+        plan: which patches the model sees.
+    Returns:
+        two uint8 tensors [B, H, W, C].
+    """
+    c = model.config
+    pred_BMP = model(images_BHWC, plan).pred.float()
+    unit = ((0.0,) * c.channels, (1.0,) * c.channels)
+    if c.norm_pix_loss:
+        target = gather_patches(images_BHWC, plan.ids_mask, c.patch_size, c.mean, c.std, torch.float32)
+        pred_BMP = pred_BMP * (target.var(-1, keepdim=True) + 1e-6).sqrt() + target.mean(-1, keepdim=True)
+    per_value = c.patch_size**2
+    mean, std = (torch.tensor(v, device=pred_BMP.device).repeat(per_value) for v in (c.mean, c.std))
+    levels_BMP = ((pred_BMP * std + mean) * 255).round().clamp(0, 255)
+    visible_BKP = gather_patches(images_BHWC, plan.ids_keep, c.patch_size, *unit, torch.float32) * 255
+    hidden_BMP = torch.full_like(levels_BMP, GREY)
+    return tuple(
+        _unpatchify(torch.cat([visible_BKP.round(), filling], dim=1), plan, c.grid_hw, c.patch_size)
+        for filling in (hidden_BMP, levels_BMP)
+    )  # type: ignore[return-value]
+
+
+def write_grid(columns: list[Tensor], path: Path, *, across: int = 2, scale: int = 1) -> None:
+    """Writes a PNG of image tuples: row by row, `across` tuples side by side, each tuple one image of every column.
+
+    Args:
+        columns: uint8 [B, H, W, C] each; one channel is drawn grey, of more than three the first three.
+        scale: whole-number enlargement.
+    """
+    stacked = torch.stack([column.cpu() for column in columns], dim=1).numpy()
+    stacked = np.repeat(stacked, 3, axis=-1) if stacked.shape[-1] == 1 else stacked[..., :3]
+    if stacked.shape[-1] == 2:
+        stacked = np.concatenate([stacked, stacked[..., :1]], axis=-1)
+    B, n, H, W, _ = stacked.shape
+    rows = -(-B // across)
+    tuple_width = n * (W + GAP) + 2 * GAP
+    canvas = np.full((rows * (H + GAP) + GAP, across * tuple_width - GAP, 3), 255, np.uint8)
+    for i, images in enumerate(stacked):
+        top, left = GAP + (i // across) * (H + GAP), (i % across) * tuple_width + GAP
+        for k, image in enumerate(images):
+            canvas[top : top + H, left + k * (W + GAP) : left + k * (W + GAP) + W] = image
+    picture = Image.fromarray(canvas)
+    picture.resize((canvas.shape[1] * scale, canvas.shape[0] * scale), Image.Resampling.NEAREST).save(path)
+
+
+def write_loss_curve(lines: list[dict], path: Path) -> None:
+    """Writes a PNG of the loss over the steps of a run, raw and smoothed, with the learning rate beside it."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    points = [line for line in lines if line["loss"] is not None]
+    steps, losses = [line["step"] for line in points], np.array([line["loss"] for line in points])
+    window = max(1, len(losses) // 50)
+    smooth = np.convolve(
+        np.pad(losses, (window // 2, window - 1 - window // 2), "edge"), np.ones(window) / window, "valid"
+    )
+    figure, axes = pyplot.subplots(figsize=(8, 4.5), dpi=120, layout="constrained")
+    axes.plot(steps, losses, color="#b9c7d9", linewidth=1, label="each step")
+    axes.plot(steps, smooth, color="#1f4e8c", linewidth=2, label=f"mean of {window} steps")
+    axes.set(xlabel="step", ylabel="loss (masked patches)", title="Pretraining loss")
+    axes.grid(alpha=0.25)
+    rate = axes.twinx()
+    rate.plot(
+        steps, [line["lr"] for line in points], color="#c98a2b", linewidth=1, linestyle=":", label="learning rate"
+    )
+    rate.set_ylabel("learning rate")
+    axes.legend(handles=[*axes.get_lines(), *rate.get_lines()], loc="upper right")
+    figure.savefig(path)
+    pyplot.close(figure)
+
+
+def _unpatchify(patches_BLP: Tensor, plan: MaskPlan, grid_hw: tuple[int, int], patch_size: int) -> Tensor:
+    """Patches in shuffled order (kept, then masked) back to uint8 images [B, H, W, C]."""
+    order = plan.ids_restore.long()[..., None].expand(-1, -1, patches_BLP.shape[-1])
+    rows, across = grid_hw
+    grid = patches_BLP.gather(1, order).view(len(patches_BLP), rows, across, patch_size, patch_size, -1)
+    return grid.permute(0, 1, 3, 2, 4, 5).flatten(3, 4).flatten(1, 2).to(torch.uint8)

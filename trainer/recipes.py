@@ -1,0 +1,73 @@
+"""[recipe] -> config: named full configs, each a function that says what it is.
+
+The published recipes are He et al. 2021, Table 8 (pretraining) with the decoder of section 3: 8 blocks of width 512.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+from patchmill.trainer.config import ModelConfig, OptimConfig, PretrainConfig, TrainConfig
+
+
+def mae_vit_b16() -> PretrainConfig:
+    """ViT-B/16 at 224 px, published hyper-parameters: batch 4096, 800 epochs."""
+    return PretrainConfig()
+
+
+def mae_vit_l16() -> PretrainConfig:
+    """ViT-L/16 at 224 px, published hyper-parameters."""
+    return PretrainConfig(model=ModelConfig(embed_dim=1024, depth=24, num_heads=16))
+
+
+def mae_vit_h14() -> PretrainConfig:
+    """ViT-H/14 at 224 px, published hyper-parameters."""
+    return PretrainConfig(model=ModelConfig(patch_size=14, embed_dim=1280, depth=32, num_heads=16))
+
+
+def mae_tiny() -> PretrainConfig:
+    """A model that learns on a laptop's CPU in minutes: 96 px, patch 8, width 192, decoder 2 x 128."""
+    model = ModelConfig(
+        image_size=96,
+        patch_size=8,
+        embed_dim=192,
+        depth=6,
+        num_heads=6,
+        decoder_embed_dim=128,
+        decoder_depth=2,
+        decoder_num_heads=4,
+        norm_pix_loss=False,
+    )
+    return PretrainConfig(
+        model=model,
+        optim=OptimConfig(blr=1.5e-3, warmup_epochs=5.0),
+        train=TrainConfig(global_batch=64, total_epochs=100.0, save_every_steps=200),
+    )
+
+
+RECIPES: dict[str, Callable[[], PretrainConfig]] = {
+    "mae-tiny": mae_tiny,
+    "mae-vit-b16": mae_vit_b16,
+    "mae-vit-l16": mae_vit_l16,
+    "mae-vit-h14": mae_vit_h14,
+}
+
+
+def get_recipe(name: str) -> PretrainConfig:
+    """The recipe of that name. Raises ValueError with the list of names."""
+    if name not in RECIPES:
+        raise ValueError(f"no recipe {name!r}; there are: {', '.join(RECIPES)}")
+    return RECIPES[name]()
+
+
+def with_options(config: PretrainConfig, **changes: object) -> PretrainConfig:
+    """A config with `section__option` (or top-level `option`) changed, checked again.
+
+    Example:
+        with_options(mae_tiny(), train__total_steps=20, seed=3)
+    """
+    for name, value in changes.items():
+        section, _, option = name.partition("__")
+        if option:
+            value = dataclasses.replace(getattr(config, section), **{option: value})
+        config = dataclasses.replace(config, **{section: value})  # type: ignore[arg-type]
+    return config
