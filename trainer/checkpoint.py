@@ -139,9 +139,7 @@ def load_model(path: str | Path) -> tuple[MaskedAutoencoder, Path]:
     """
     path = Path(path)
     if not path.exists():
-        raise ValueError(
-            f"no checkpoint {path}: no such file or folder; give a run folder or checkpoints/step-XXXXXXXX"
-        )
+        raise ValueError(f"no checkpoint {path}: no such file or folder; give a run folder or a checkpoint")
     if (path / "checkpoints").is_dir():
         newest, damaged = newest_valid(path)
         if newest is None:

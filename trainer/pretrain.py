@@ -148,11 +148,11 @@ def _run(config: PretrainConfig, world: World, stop: list[str], on_progress: Cal
 
 
 def _open_loader(config: PretrainConfig, world: World) -> Loader:
-    per_rank, rest = divmod(config.train.global_batch, world.size)
-    if rest or per_rank % config.train.accum_steps:
+    parts = world.size * config.train.accum_steps
+    if config.train.global_batch % parts:
         raise ValueError(
             f"train.global_batch {config.train.global_batch} cannot be split evenly over {world.size} ranks and "
-            f"train.accum_steps {config.train.accum_steps}; choose a multiple of {world.size * config.train.accum_steps}"
+            f"train.accum_steps {config.train.accum_steps}; choose a multiple of {parts}"
         )
     return build_loader(
         config.data,
@@ -172,7 +172,7 @@ def _open_loader(config: PretrainConfig, world: World) -> Loader:
 def _resume(
     config: PretrainConfig, model: MaskedAutoencoder, optimizer: torch.optim.Optimizer, loader: Loader
 ) -> tuple[int, Path | None, list[checkpoint.Damage]]:
-    """Puts model, optimizer and loader where `config.resume` says; returns updates done, from where, what was damaged."""
+    """Puts model, optimizer and loader where `config.resume` says; returns updates done, whence, what was damaged."""
     run = Path(config.out)
     damaged: list[checkpoint.Damage] = []
     if config.resume == "never":

@@ -35,7 +35,7 @@ def attention(q_BHQd: Tensor, k_BHNd: Tensor, v_BHNd: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention; `ids_BQ` restricts the queries to some tokens while all tokens stay keys and values."""
+    """Multi-head self-attention; the queries may be restricted to some tokens while all stay keys and values."""
 
     def __init__(self, dim: int, num_heads: int) -> None:
         super().__init__()
