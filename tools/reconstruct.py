@@ -7,7 +7,8 @@ from typing import Literal
 
 import tyro
 
-from patchmill.pipeline.loader import DataConfig, build_loader
+from patchmill.pipeline.data_config import DataConfig
+from patchmill.pipeline.loader import build_loader
 from patchmill.pipeline.masks import MaskConfig
 from patchmill.tools import cli
 from patchmill.trainer.checkpoint import load_model

@@ -7,7 +7,7 @@ Names carry their unit (`_steps`, `_epochs`); an unset option is an absent key.
 from dataclasses import dataclass, field
 from typing import Literal
 
-from patchmill.pipeline.loader import DataConfig
+from patchmill.pipeline.data_config import DataConfig
 from patchmill.pipeline.masks import MaskConfig
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)

@@ -8,6 +8,7 @@ The trajectory is a function of the config alone: weights come from the seed, ba
 resumed run continues bit for bit on the same kind of device.
 """
 
+import dataclasses
 import signal
 import threading
 import types
@@ -154,8 +155,9 @@ def _open_loader(config: PretrainConfig, world: World) -> Loader:
             f"train.global_batch {config.train.global_batch} cannot be split evenly over {world.size} ranks and "
             f"train.accum_steps {config.train.accum_steps}; choose a multiple of {parts}"
         )
+    quarantine = config.data.quarantine_path or str(Path(config.out) / "quarantine.jsonl")
     return build_loader(
-        config.data,
+        dataclasses.replace(config.data, quarantine_path=quarantine),
         image_size=config.model.image_size,
         patch_size=config.model.patch_size,
         channels=config.model.channels,
@@ -165,7 +167,6 @@ def _open_loader(config: PretrainConfig, world: World) -> Loader:
         rank=world.rank,
         world_size=world.size,
         device=world.device,
-        quarantine=Path(config.out) / "quarantine.jsonl",
     )
 
 
