@@ -74,7 +74,7 @@ class Manifest:
     """What manifest.json says; equal content gives equal bytes (no times, no host, no path).
 
     options holds what shaped the content; channels is what `mean` and `std` (0..1 units, over decoded pixels) count;
-    statistics holds minimum, mean and maximum of width, height and bytes.
+    statistics holds minimum, mean and maximum of width, height and bytes; plan_sha256 is of the packing plan.
     """
 
     format_version: int
@@ -87,6 +87,7 @@ class Manifest:
     channels: int = 3
     quarantined: int = 0
     samples_sha256: str = ""
+    plan_sha256: str = ""
     statistics: dict[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> str:
@@ -99,7 +100,9 @@ class Manifest:
         try:
             raw = json.loads(text)
         except json.JSONDecodeError as error:
-            raise ValueError(f"{where} is not JSON ({error}): restore it, or rebuild it with `patchmill index`") from None
+            raise ValueError(
+                f"{where} is not JSON ({error}): restore it, or rebuild it with `patchmill index`"
+            ) from None
         if not isinstance(raw, dict):
             raise ValueError(f"{where} is not a Patchmill manifest: rebuild it with `patchmill index`")
         version = raw.get("format_version")
@@ -188,8 +191,8 @@ def check_shard_files(root: Path, manifest: Manifest) -> None:
         size = path.stat().st_size
         if size != shard.bytes:
             raise ValueError(
-                f"{path} has {size} bytes where {MANIFEST_NAME} means {shard.bytes}: restore it, pack again, or rebuild "
-                "the manifest with `patchmill index` if the change is meant"
+                f"{path} has {size} bytes where {MANIFEST_NAME} means {shard.bytes}: restore it, pack again, or, "
+                "if the change is meant, rebuild the manifest with `patchmill index`"
             )
 
 
@@ -211,7 +214,9 @@ def _folder_hint(root: Path) -> str:
     if datasets:
         return f"it holds the datasets {', '.join(datasets)}; give one of them, such as {root / datasets[0]}"
     if next(root.glob("*.tar"), None) is not None:
-        return f"it holds tars; run `patchmill index {root}` once to make the manifest, the indexes and the sample table"
+        return (
+            f"it holds tars; run `patchmill index {root}` once to make the manifest, the indexes and the sample table"
+        )
     if next(root.iterdir(), None) is None:
         return "it is empty; pack images with `patchmill shard IMAGES DATASET`"
     return f"if it holds images, pack them with `patchmill shard {root} DATASET` and give DATASET"

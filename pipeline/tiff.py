@@ -1,0 +1,89 @@
+"""shards -> [tiff] -> pixels: images of any number of channels, which neither JPEG nor PNG can hold.
+
+The only TIFF that a dataset holds is the simplest one: one uncompressed strip, 8 bits a value, channels interleaved
+(TIFF 6.0, sections 2 to 6; ExtraSamples 0 for what exceeds RGB or grey). Any TIFF reader opens it, and here it costs no
+copy: the pixels are a view of the file's bytes. Other TIFFs are left to Pillow when they are packed.
+"""
+
+import struct
+
+import numpy as np
+
+WIDTH, HEIGHT, BITS, COMPRESSION, PHOTOMETRIC = 256, 257, 258, 259, 262
+STRIP_OFFSETS, SAMPLES, ROWS_PER_STRIP, STRIP_BYTES, PLANAR, EXTRA = 273, 277, 278, 279, 284, 338
+SHORT, LONG = 3, 4
+SIZES = {1: 1, 2: 1, SHORT: 2, LONG: 4}
+
+
+def write_tiff(pixels: np.ndarray) -> bytes:
+    """Encodes uint8 [height, width, channels] pixels; the layout is header, directory, long values, pixels."""
+    height, width, channels = pixels.shape
+    assert pixels.dtype == np.uint8
+    colours = 3 if channels >= 3 else 1
+    entries: list[tuple[int, int, list[int]]] = [
+        (WIDTH, LONG, [width]),
+        (HEIGHT, LONG, [height]),
+        (BITS, SHORT, [8] * channels),
+        (COMPRESSION, SHORT, [1]),
+        (PHOTOMETRIC, SHORT, [2 if colours == 3 else 1]),
+        (STRIP_OFFSETS, LONG, [0]),
+        (SAMPLES, SHORT, [channels]),
+        (ROWS_PER_STRIP, LONG, [height]),
+        (STRIP_BYTES, LONG, [pixels.size]),
+        (PLANAR, SHORT, [1]),
+    ]
+    if channels > colours:
+        entries.append((EXTRA, SHORT, [0] * (channels - colours)))
+    long_at = 8 + 2 + 12 * len(entries) + 4
+    longs = sum(len(v) * SIZES[kind] for _, kind, v in entries if len(v) * SIZES[kind] > 4)
+    pixels_at = long_at + longs
+    directory, tail = struct.pack("<2sHIH", b"II", 42, 8, len(entries)), b""
+    for tag, kind, values in entries:
+        if tag == STRIP_OFFSETS:
+            values = [pixels_at]
+        packed = struct.pack(f"<{len(values)}{'H' if kind == SHORT else 'I'}", *values)
+        if len(packed) > 4:
+            tail, packed = tail + packed, struct.pack("<I", long_at + len(tail))
+        directory += struct.pack("<HHI4s", tag, kind, len(values), packed)
+    return directory + bytes(4) + tail + np.ascontiguousarray(pixels).tobytes()
+
+
+def read_tiff(data: bytes | memoryview) -> np.ndarray:
+    """Pixels, uint8 [height, width, channels], as a view of `data`.
+
+    Reads uncompressed, interleaved 8-bit TIFFs whose strips lie one after the other; ValueError names anything else.
+    """
+    buffer = memoryview(data)
+    order = {b"II": "<", b"MM": ">"}.get(bytes(buffer[:2]))
+    if order is None or len(buffer) < 8:
+        raise ValueError("not a TIFF")
+    try:
+        tags = _directory(buffer, order)
+        width, height = tags[WIDTH][0], tags[HEIGHT][0]
+        channels = tags.get(SAMPLES, [1])[0]
+        offsets, sizes = tags[STRIP_OFFSETS], tags[STRIP_BYTES]
+    except (struct.error, KeyError, IndexError):
+        raise ValueError("its directory is damaged or cut short") from None
+    if tags.get(COMPRESSION, [1])[0] != 1 or set(tags.get(BITS, [1])) != {8} or tags.get(PLANAR, [1])[0] != 1:
+        raise ValueError("only uncompressed, interleaved 8-bit TIFFs are read")
+    follow = all(a + n == b for a, n, b in zip(offsets, sizes, offsets[1:], strict=False))
+    if not follow or sum(sizes) != width * height * channels or offsets[0] + sum(sizes) > len(buffer):
+        raise ValueError(f"its strips do not hold {width} x {height} x {channels} bytes in one piece: cut short")
+    return np.frombuffer(buffer, np.uint8, width * height * channels, offsets[0]).reshape(height, width, channels)
+
+
+def _directory(buffer: memoryview, order: str) -> dict[int, list[int]]:
+    """Tag -> values, of the first directory; values that are neither bytes, shorts nor longs are left out."""
+    (start,) = struct.unpack_from(order + "I", buffer, 4)
+    (count,) = struct.unpack_from(order + "H", buffer, start)
+    tags = {}
+    for i in range(count):
+        tag, kind, length = struct.unpack_from(order + "HHI", buffer, start + 2 + 12 * i)
+        if kind not in SIZES or length * SIZES[kind] > len(buffer):
+            continue
+        at = start + 2 + 12 * i + 8
+        if length * SIZES[kind] > 4:
+            (at,) = struct.unpack_from(order + "I", buffer, at)
+        letter = {1: "B", 2: "B", SHORT: "H", LONG: "I"}[kind]
+        tags[tag] = list(struct.unpack_from(f"{order}{length}{letter}", buffer, at))
+    return tags

@@ -1,0 +1,98 @@
+"""plan -> [engines] -> pack: who packs the shards: this process, several, or a Ray cluster.
+
+An engine packs the tasks it is given in any order and calls `report(images, source bytes, bad images)` while it does;
+`report` returning False stops it. What the shards hold never depends on the engine.
+"""
+
+import ctypes
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from functools import partial
+from itertools import islice
+from multiprocessing.connection import wait as wait_for
+from typing import Any
+
+from patchmill.tools.pack import Progress, Stopped, pack_shard
+from patchmill.tools.plan import ShardTask
+from patchmill.tools.store import Store
+
+
+def pack_here(tasks: Iterable[ShardTask], store: Store, report: Progress) -> None:
+    """Packs one shard after the other in this process."""
+    for task in tasks:
+        pack_shard(task, store, report)
+
+
+def pack_in_processes(tasks: Iterable[ShardTask], store: Store, report: Progress, workers: int) -> None:
+    """Packs with `workers` processes. An error in one stops all and is raised here; a killed one is named."""
+    context = multiprocessing.get_context("spawn")  # fork would copy the parent's threads' locks
+    counters = context.Array(ctypes.c_uint64, 3)
+    stop = context.Event()
+    seen = [0, 0, 0]
+
+    def pass_on() -> None:
+        with counters.get_lock():
+            now = [counters[i] for i in range(3)]
+        images, size, bad = (a - b for a, b in zip(now, seen, strict=True))
+        seen[:] = now
+        if not report(images, size, bad):
+            raise Stopped
+
+    with ProcessPoolExecutor(workers, context, _start_worker, (counters, stop)) as pool:
+        try:
+            for done in _at_most(2 * workers, (partial(pool.submit, _pack_in_worker, task, store) for task in tasks)):
+                for future in done:
+                    future.result()
+                pass_on()
+        except BrokenProcessPool:
+            raise ValueError(
+                "a worker process was killed, most likely for memory: give fewer --workers or a smaller --max-pixels; "
+                "the same command resumes"
+            ) from None
+        finally:
+            stop.set()
+            pool.shutdown(wait=True, cancel_futures=True)
+    pass_on()
+
+
+def _at_most(limit: int, jobs: Iterator[Callable[[], Future]]) -> Iterator[set[Future]]:
+    """Keeps at most `limit` jobs submitted; yields those that finished, several times a second even if none did."""
+    running = {job() for job in islice(jobs, limit)}
+    while running:
+        done, running = wait(running, timeout=0.1, return_when=FIRST_COMPLETED)
+        running |= {job() for job in islice(jobs, len(done))}
+        yield done
+
+
+_shared: dict[str, Any] = {}  # a worker's counters and stop event, which only process creation can hand over
+
+
+def _start_worker(counters: Any, stop: Any) -> None:
+    """Sets a worker up: Ctrl-C is the parent's to handle, and a worker does not outlive its parent."""
+    _shared.update(counters=counters, stop=stop)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    threading.Thread(target=_end_with, args=(parent.sentinel,), daemon=True).start()
+
+
+def _end_with(sentinel: int) -> None:
+    wait_for([sentinel])
+    os._exit(1)
+
+
+def _pack_in_worker(task: ShardTask, store: Store) -> None:
+    counters, stop = _shared["counters"], _shared["stop"]
+
+    def report(*done: int) -> bool:
+        with counters.get_lock():
+            for i, count in enumerate(done):
+                counters[i] += count
+        return not stop.is_set()
+
+    pack_shard(task, store, report)
