@@ -1,7 +1,7 @@
 """decode, masks -> [batch] -> training step: what a step receives.
 
-Ownership: a batch's tensors belong to whoever holds the batch. The loader never writes into them again, so that a batch may
-be kept, compared or copied at leisure; dropping it gives the memory back.
+Ownership: a batch's tensors belong to whoever holds the batch. The loader never writes into them again, so that a batch
+may be kept, compared or copied at leisure; dropping it gives the memory back.
 """
 
 from dataclasses import dataclass

@@ -77,7 +77,8 @@ class MaskPlan:
         grid_hw: tuple[int, int],
         repeats_B: Tensor | None = None,
     ) -> "MaskPlan":
-        """Draws the masks of samples, on the device of `sample_ids_B`: a pure function of (seed, epoch, sample, repeat).
+        """Draws the masks of samples, on the device of `sample_ids_B`: a pure function of (seed, epoch, sample,
+        repeat).
 
         Args:
             sample_ids_B: int64 `[B]`.
@@ -94,7 +95,9 @@ class MaskPlan:
 
     def to(self, device: torch.device | str) -> "MaskPlan":
         """The same plan on another device."""
-        return MaskPlan(*(ids.to(device, non_blocking=True) for ids in (self.ids_keep, self.ids_mask, self.ids_restore)))
+        return MaskPlan(
+            *(ids.to(device, non_blocking=True) for ids in (self.ids_keep, self.ids_mask, self.ids_restore))
+        )
 
 
 def kept_patches(num_patches: int, mask_ratio: float) -> int:

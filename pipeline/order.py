@@ -139,6 +139,6 @@ def _feistel(
 
 
 def _below(bound: Index, half: Index, block: int, seed: int, epoch: int, group: Index) -> Index:
-    """A Philox word of (block, half, epoch, group) scaled into [0, bound); bounds are <= 2**16, so the bias < 2**-16."""
+    """A Philox word of (block, half, epoch, group) scaled into [0, bound); bounds are <= 2**16, the bias < 2**-16."""
     word = draw_numpy(seed, STREAM_ORDER, block, half, epoch, group)[..., 0]
     return (word.astype(np.int64) * bound) >> 32

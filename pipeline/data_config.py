@@ -1,0 +1,76 @@
+"""command line -> [data_config] -> loader: everything that can be set about the data."""
+
+from dataclasses import dataclass
+
+CHOICES = {
+    "decoder": ("auto", "cpu", "dali"),
+    "shuffle": ("global", "window", "none"),
+    "crop": ("random", "fixed", "centre"),
+    "crop_rule": ("torchvision", "tf"),
+    "interpolation": ("bicubic", "bilinear"),
+    "last_batch": ("drop", "fill"),
+}
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where the data lie and how a sample becomes an image.
+
+    Attributes:
+        path: folder of a packed dataset (`patchmill shard` makes one).
+        decoder: "cpu", "dali", or "auto": DALI on a GPU where it is installed, else the CPU.
+        shuffle: "global"; "window" mixes only within windows of shards; "none" keeps the stored order.
+        window_shards: shards of a window.
+        crop: "random" (random-resized crop), "fixed" (fixed size, random place) or "centre".
+        crop_rule: of random crops: "torchvision" (published PyTorch pretraining) or "tf" (published linear probe).
+        scale: of random crops: range of the area's share.
+        ratio: of random crops: range of width / height.
+        crop_fraction: of fixed and centre crops: share of the shorter side.
+        flip: mirror half of the images left to right.
+        interpolation: "bicubic" or "bilinear", both antialiased.
+        repeats: crops and masks drawn from each decoded image; an epoch then has `repeats` times as many images.
+        last_batch: "drop" leaves out what does not fill a batch (other samples each epoch); "fill" completes the last
+            batch with the epoch's first samples.
+        workers: threads that read and decode; 0 is one for each core.
+        prefetch_batches: batches in work, and batches ready, ahead of the step.
+        max_bad_fraction: share of the dataset that may be bad before the run stops.
+        quarantine_path: file that names bad samples; empty writes none.
+        timeout_seconds: longest wait for a batch before it is an error.
+    """
+
+    path: str = ""
+    decoder: str = "auto"
+    shuffle: str = "global"
+    window_shards: int = 8
+    crop: str = "random"
+    crop_rule: str = "torchvision"
+    scale: tuple[float, float] = (0.2, 1.0)
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    crop_fraction: float = 0.875
+    flip: bool = True
+    interpolation: str = "bicubic"
+    repeats: int = 1
+    last_batch: str = "drop"
+    workers: int = 0
+    prefetch_batches: int = 2
+    max_bad_fraction: float = 0.001
+    quarantine_path: str = ""
+    timeout_seconds: float = 600.0
+
+    def __post_init__(self) -> None:
+        for name, choices in CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"data.{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
+        for name in ("repeats", "prefetch_batches", "window_shards"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"data.{name} must be at least 1, got {getattr(self, name)}")
+        if not 0 < self.scale[0] <= self.scale[1] <= 1:
+            raise ValueError(f"data.scale must be a range within (0, 1], got {self.scale}")
+        if not 0 < self.ratio[0] <= self.ratio[1]:
+            raise ValueError(f"data.ratio must be a range of positive numbers, got {self.ratio}")
+        if not 0 < self.crop_fraction <= 1:
+            raise ValueError(f"data.crop_fraction must be in (0, 1], got {self.crop_fraction}")
+        if not 0 <= self.max_bad_fraction <= 1:
+            raise ValueError(f"data.max_bad_fraction must be in [0, 1], got {self.max_bad_fraction}")
+        if self.workers < 0:
+            raise ValueError(f"data.workers must be 0 (one for each core) or more, got {self.workers}")

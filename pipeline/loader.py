@@ -1,0 +1,291 @@
+"""order, draws, decode, masks -> [loader] -> training step: batches on the device, ahead of their use.
+
+    with build_loader(DataConfig(path="shards"), image_size=224, patch_size=16, channels=3, mask=MaskConfig(),
+                      seed=0, global_batch=256) as loader:
+        for batch in loader:
+            ...
+
+A thread pulls batches through the stages, which are generators, and puts them into a bounded queue. The loader's whole
+state is the epoch and the step of the next batch.
+"""
+
+import importlib.util
+import os
+import time
+from collections.abc import Iterator
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from patchmill.pipeline.batch import Batch
+from patchmill.pipeline.data_config import DataConfig
+from patchmill.pipeline.decode_cpu import CpuDecoder
+from patchmill.pipeline.decode_dali import DaliDecoder
+from patchmill.pipeline.feed import CropConfig, Feeder, StepPlan
+from patchmill.pipeline.manifest import open_dataset
+from patchmill.pipeline.masks import MaskConfig, MaskPlan
+from patchmill.pipeline.order import EpochOrder, Order, SequentialOrder, WindowOrder
+from patchmill.pipeline.prefetch import Prefetcher
+from patchmill.pipeline.quarantine import Quarantine
+from patchmill.pipeline.shards import ShardReader
+
+Decoder = CpuDecoder | DaliDecoder
+
+
+class BatchMaker:
+    """The last stage: takes decoded images to the device and draws their masks there.
+
+    It stands apart from the loader so that the prefetching thread does not keep a forgotten loader alive.
+    """
+
+    def __init__(
+        self, feeder: Feeder, decoder: Decoder, mask: MaskConfig, grid_hw: tuple[int, int], device: torch.device
+    ) -> None:
+        self.feeder, self.decoder, self.mask, self.grid_hw, self.device = feeder, decoder, mask, grid_hw, device
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def batches(self, epoch: int, step: int) -> Iterator[tuple[Batch, torch.cuda.Event | None]]:
+        """Batches from a step on, for ever, each with the event that says when it is ready on a GPU."""
+        with torch.cuda.stream(self.stream) if self.stream else nullcontext():
+            for plan, images in self.decoder.batches(epoch, step):
+                batch = self._batch(plan, images)
+                yield batch, self.stream.record_event() if self.stream else None
+
+    def _batch(self, plan: StepPlan, images: Tensor) -> Batch:
+        ids_B = self._to_device(torch.from_numpy(plan.sample_ids_B))
+        mask = MaskPlan.draw(
+            self.mask,
+            seed=self.feeder.seed,
+            epoch=plan.epoch,
+            sample_ids_B=ids_B,
+            grid_hw=self.grid_hw,
+            repeats_B=self._to_device(torch.from_numpy(plan.repeats_B)) if self.feeder.repeats > 1 else None,
+        )
+        labels_B = self._to_device(torch.from_numpy(plan.labels_B))
+        return Batch(self._to_device(images), mask, labels_B, ids_B, plan.epoch, plan.step)
+
+    def _to_device(self, tensor: Tensor) -> Tensor:
+        """The tensor on the training device, in memory that torch owns.
+
+        DALI's own GPU buffers are copied too: their memory would not wait for the stream that trains on them.
+        """
+        if self.device.type != "cuda":
+            return tensor
+        if tensor.is_cuda:
+            return tensor.clone()
+        return (tensor if tensor.is_pinned() else tensor.pin_memory()).to(self.device, non_blocking=True)
+
+
+class Loader:
+    """Yields one rank's batches for ever, epoch after epoch. Made by `build_loader`.
+
+    Attributes:
+        steps_per_epoch: steps of an epoch, the same on every rank.
+        num_samples: samples of the dataset.
+        wait_seconds: time that the consumer has waited in `next`, in all.
+    """
+
+    def __init__(self, maker: BatchMaker, config: DataConfig, fingerprint: dict[str, Any]) -> None:
+        self.maker, self.config, self.fingerprint = maker, config, fingerprint
+        self.steps_per_epoch = maker.feeder.steps_per_epoch
+        self.num_samples = maker.feeder.store.num_samples
+        self.wait_seconds = 0.0
+        self._next = (0, 0)
+        self._prefetcher: Prefetcher | None = None
+
+    @property
+    def bad_samples(self) -> int:
+        """Different bad samples that this process has met and replaced."""
+        return self.maker.feeder.quarantine.bad_samples
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> Batch:
+        if self._prefetcher is None:
+            self._prefetcher = Prefetcher(self.maker.batches(*self._next), self.config.prefetch_batches)
+        start = time.perf_counter()
+        batch, ready = self._prefetcher.get(self.config.timeout_seconds)
+        if ready is not None:
+            _hand_over(batch, ready)
+        self.wait_seconds += time.perf_counter() - start
+        self.seek(batch.epoch, batch.step + 1, keep_running=True)
+        return batch
+
+    def seek(self, epoch: int, step: int, keep_running: bool = False) -> None:
+        """Lets the next batch be that of a step; the step after an epoch's last is the first of the next epoch."""
+        if not keep_running:
+            self._stop()
+        self._next = (epoch + 1, 0) if step >= self.steps_per_epoch else (epoch, step)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Epoch and step of the next batch, and what the order depends on; plain values, fit for JSON."""
+        epoch, step = self._next
+        return {"epoch": epoch, "step": step, "fingerprint": dict(self.fingerprint)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continues where `state` was taken; ValueError names what differs if it belongs to other data or settings."""
+        was, now = state["fingerprint"], self.fingerprint
+        changed = [name for name in sorted({*was, *now}) if was.get(name) != now.get(name)]
+        if changed:
+            listed = "; ".join(f"{name}: was {was.get(name)}, is {now.get(name)}" for name in changed)
+            raise ValueError(f"the loader's state belongs to other data ({listed}): restore these, or start a new run")
+        self.seek(state["epoch"], state["step"])
+
+    def close(self) -> None:
+        """Ends the threads and closes the files."""
+        self._stop()
+        self.maker.feeder.store.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def _stop(self) -> None:
+        if self._prefetcher is not None:
+            self._prefetcher.close()
+            self._prefetcher = None
+
+
+def _hand_over(batch: Batch, ready: torch.cuda.Event) -> None:
+    """Orders a batch after the consumer's stream, and tells the allocator that this stream uses it."""
+    stream = torch.cuda.current_stream(batch.images.device)
+    stream.wait_event(ready)
+    plan = batch.plan
+    for tensor in (batch.images, batch.labels, batch.sample_ids, plan.ids_keep, plan.ids_mask, plan.ids_restore):
+        tensor.record_stream(stream)
+
+
+def build_loader(
+    config: DataConfig,
+    *,
+    image_size: int | tuple[int, int],
+    patch_size: int,
+    channels: int,
+    mask: MaskConfig,
+    seed: int,
+    global_batch: int,
+    rank: int = 0,
+    world_size: int = 1,
+    device: torch.device | str = "cpu",
+    start_epoch: int = 0,
+    start_step: int = 0,
+) -> Loader:
+    """Opens the data and builds the stages.
+
+    Args:
+        config: see DataConfig.
+        image_size: of the result; an int is a square, a tuple is (height, width).
+        patch_size: side of a patch; divides height and width.
+        channels: 1 to 4; up to 8 with the CPU decoder.
+        mask: see MaskConfig.
+        seed: 64-bit run seed.
+        global_batch: images of a step on all ranks together.
+        rank, world_size: this process among those that train together.
+        device: where batches are to lie.
+        start_epoch, start_step: the first batch; as `load_state_dict`, without its checks.
+
+    Raises:
+        ValueError, FileNotFoundError: what is wrong, and how to mend it.
+    """
+    device = torch.device(device)
+    height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+    _check_sizes(height, width, patch_size, channels, global_batch, world_size, config.repeats)
+    reader = ShardReader(open_dataset(config.path))
+    if channels != reader.channels and not {channels, reader.channels} <= {1, 3, 4}:
+        raise ValueError(f"{config.path} holds images of {reader.channels} channels and the model takes {channels}")
+    if config.last_batch == "drop" and reader.num_samples * config.repeats < global_batch:
+        raise ValueError(
+            f"{config.path} has {reader.num_samples} samples, which do not fill one global batch of {global_batch}: "
+            "use a smaller batch, or data.last_batch=fill"
+        )
+    feeder = Feeder(
+        reader,
+        _order(config, reader, seed),
+        CropConfig(
+            config.crop, config.crop_rule, config.scale, config.ratio, config.crop_fraction, config.flip, width / height
+        ),
+        Quarantine(
+            Path(config.quarantine_path) if config.quarantine_path else None,
+            reader.num_samples,
+            config.max_bad_fraction,
+        ),
+        seed=seed,
+        global_batch=global_batch,
+        rank=rank,
+        world_size=world_size,
+        repeats=config.repeats,
+        fill_last=config.last_batch == "fill",
+    )
+    decoder = _decoder(config, feeder, (height, width), channels, device)
+    loader = Loader(
+        BatchMaker(feeder, decoder, mask, (height // patch_size, width // patch_size), device),
+        config,
+        fingerprint={
+            "dataset": reader.fingerprint,
+            "seed": seed,
+            "global_batch": global_batch,
+            "repeats": config.repeats,
+            "shuffle": config.shuffle,
+            "window_shards": config.window_shards if config.shuffle == "window" else 0,
+            "last_batch": config.last_batch,
+        },
+    )
+    loader.seek(start_epoch, start_step)
+    return loader
+
+
+def _check_sizes(
+    height: int, width: int, patch_size: int, channels: int, global_batch: int, world_size: int, repeats: int
+) -> None:
+    if height % patch_size or width % patch_size:
+        raise ValueError(f"image size {height} x {width} is no multiple of the patch size {patch_size}")
+    if not 1 <= channels <= 8:
+        raise ValueError(f"channels must be 1 to 8, got {channels}")
+    if global_batch < 1 or global_batch % (world_size * repeats):
+        raise ValueError(
+            f"global batch {global_batch} must be a multiple of world size x data.repeats = {world_size} x {repeats}"
+        )
+
+
+def _order(config: DataConfig, reader: ShardReader, seed: int) -> Order:
+    if config.shuffle == "global":
+        return EpochOrder(reader.num_samples, seed)
+    if config.shuffle == "window":
+        return WindowOrder(reader.shard_samples, seed, config.window_shards)
+    return SequentialOrder(reader.num_samples)
+
+
+def _decoder(
+    config: DataConfig, feeder: Feeder, size_hw: tuple[int, int], channels: int, device: torch.device
+) -> Decoder:
+    workers = config.workers or len(os.sched_getaffinity(0))
+    name = config.decoder
+    if name == "auto":
+        name = "dali" if device.type == "cuda" and importlib.util.find_spec("nvidia.dali") else "cpu"
+    if name == "dali":
+        if channels > 4:
+            raise ValueError(f"data.decoder=dali takes 1 to 4 channels, got {channels}: use data.decoder=cpu")
+        return DaliDecoder(
+            feeder,
+            image_size=size_hw,
+            channels=channels,
+            interpolation=config.interpolation,
+            workers=workers,
+            batches_ahead=config.prefetch_batches,
+            device=device,
+        )
+    return CpuDecoder(
+        feeder,
+        image_size=size_hw,
+        channels=channels,
+        interpolation=config.interpolation,
+        workers=workers,
+        batches_ahead=config.prefetch_batches,
+        pin_memory=device.type == "cuda",
+    )
