@@ -87,7 +87,7 @@ def all_checkpoints(run: Path) -> list[Path]:
 
 def newest_valid(run: Path) -> tuple[Path | None, list[Damage]]:
     """The newest checkpoint whose sums hold, and the newer ones that were passed over."""
-    damaged = []
+    damaged: list[Damage] = []
     for path in reversed(all_checkpoints(run)):
         reason = find_damage(path)
         if reason is None:
@@ -137,9 +137,23 @@ def load_model(path: str | Path) -> tuple[MaskedAutoencoder, Path]:
     Raises:
         ValueError: no checkpoint there, or a damaged or foreign one; the message says which and what to do.
     """
+    path = find_model_file(path)
+    model = MaskedAutoencoder(read_model_config(path))
+    load_weights(path, model)
+    return model.eval(), path
+
+
+def find_model_file(path: str | Path) -> Path:
+    """The model.safetensors of a run folder (its newest valid checkpoint) or of a checkpoint folder; a file is itself.
+
+    Raises:
+        ValueError: no checkpoint there, or a damaged one.
+    """
     path = Path(path)
     if not path.exists():
-        raise ValueError(f"no checkpoint {path}: no such file or folder; give a run folder or a checkpoint")
+        raise ValueError(
+            f"no checkpoint {path}: no such file or folder; give a run folder or checkpoints/step-XXXXXXXX"
+        )
     if (path / "checkpoints").is_dir():
         newest, damaged = newest_valid(path)
         if newest is None:
@@ -151,9 +165,7 @@ def load_model(path: str | Path) -> tuple[MaskedAutoencoder, Path]:
         if reason is not None:
             raise ValueError(f"checkpoint {path} cannot be used: {reason}; take another one of the run")
         path = path / FILES[0]
-    model = MaskedAutoencoder(read_model_config(path))
-    load_weights(path, model)
-    return model.eval(), path
+    return path
 
 
 def read_model_config(path: Path) -> ModelConfig:
@@ -163,10 +175,25 @@ def read_model_config(path: Path) -> ModelConfig:
             header = file.metadata() or {}
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is no safetensors file: {error}; give a checkpoint that pretrain wrote") from error
-    if header.get("format") != "patchmill":
-        raise ValueError(f"{path} was not written by patchmill (no model config in its header)")
-    fields = json.loads(header["model"])
-    return ModelConfig(**{name: tuple(v) if isinstance(v, list) else v for name, v in fields.items()})
+    if header.get("format") != "patchmill" or "model" not in header:
+        raise ValueError(
+            f"{path} was not written by patchmill (no model config in its header); `patchmill import` converts others"
+        )
+    return parse_model_config(header["model"], path)
+
+
+def parse_model_config(text: str, where: Path) -> ModelConfig:
+    """The config that a header holds as JSON. Raises ValueError naming `where` and what cannot be."""
+    try:
+        fields: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in json.loads(text).items()}
+        for field in dataclasses.fields(ModelConfig):
+            value, kind = fields.get(field.name, field.default), type(field.default)
+            allowed = {int: (int, tuple) if field.name == "image_size" else int, float: (int, float)}.get(kind, kind)
+            if not isinstance(value, allowed) or (isinstance(value, bool) and kind is not bool):
+                raise ValueError(f"{field.name} is {value!r}")
+        return ModelConfig(**fields)
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"the model config in the header of {where} cannot be used: {error}") from error
 
 
 def load_weights(path: Path, model: nn.Module) -> None:
