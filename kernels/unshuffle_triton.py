@@ -1,0 +1,151 @@
+"""encoder tokens, ids_restore -> [unshuffle in Triton] -> decoder tokens. See unshuffle.py and reference.py.
+
+A program owns a tile of token rows and columns and walks through a few images with it, so that the tile's positions are
+read once for all of them.
+"""
+
+# Kernel arguments have no Python types.
+# mypy: allow-untyped-defs, allow-incomplete-defs
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+TILE_ROWS, TILE_COLUMNS, TILE_IMAGES = 8, 256, 8
+
+
+@triton.jit
+def token_rows(p_ids_restore, i_b, o_j, m_j, K, L, num_prefix):
+    """Find for each decoder row whether it holds an encoder token, and in which row of that image's tokens."""
+    is_prefix = o_j < num_prefix
+    o_restore = i_b * L + (o_j - num_prefix)
+    b_place = tl.load(p_ids_restore + o_restore, mask=m_j & (o_j >= num_prefix), other=0)
+    i_token = tl.where(is_prefix, o_j, num_prefix + b_place)
+    return m_j & (is_prefix | (b_place < K)), i_token.to(tl.int64)
+
+
+@triton.jit
+def unshuffle_kernel(
+    p_x,
+    p_mask_token,
+    p_pos,
+    p_ids_restore,
+    p_out,
+    B,
+    K,
+    L,
+    E,
+    num_prefix,
+    R: tl.constexpr,
+    BE: tl.constexpr,
+    IMAGES: tl.constexpr,
+):
+    """Tokens [c, k], one of them a prefix, ids_restore [1, 0, 2] and mask token m give [c, m, k, m], plus positions."""
+    o_j = tl.program_id(0) * R + tl.arange(0, R)
+    o_e = tl.program_id(1) * BE + tl.arange(0, BE)
+    N_out = num_prefix + L
+    m_j, m_e = o_j < N_out, o_e < E
+    m_je = m_j[:, None] & m_e[None, :]
+    b_pos = tl.load(p_pos + (o_j.to(tl.int64) * E)[:, None] + o_e[None, :], mask=m_je, other=0).to(tl.float32)
+    b_token = tl.load(p_mask_token + o_e, mask=m_e, other=0).to(tl.float32)
+    b_masked = b_pos + b_token[None, :]
+    i_first = tl.program_id(2).to(tl.int64) * IMAGES
+    for i_b in range(i_first, tl.minimum(i_first + IMAGES, B)):
+        is_token, i_token = token_rows(p_ids_restore, i_b, o_j, m_j, K, L, num_prefix)
+        o_x = (i_b * (num_prefix + K) + i_token) * E
+        b_x = tl.load(p_x + o_x[:, None] + o_e[None, :], mask=is_token[:, None] & m_e[None, :], other=0)
+        b_out = tl.where(is_token[:, None], b_x.to(tl.float32) + b_pos, b_masked)
+        o_out = (i_b * N_out + o_j) * E
+        tl.store(p_out + o_out[:, None] + o_e[None, :], b_out.to(p_out.dtype.element_ty), mask=m_je)
+
+
+@triton.jit
+def unshuffle_backward_kernel(
+    p_grad,
+    p_ids_restore,
+    p_dx,
+    p_partial,
+    B,
+    K,
+    L,
+    E,
+    num_prefix,
+    R: tl.constexpr,
+    BE: tl.constexpr,
+    IMAGES: tl.constexpr,
+):
+    """Grad [s, t, u, v] of the example above gives dx [s, u] and a mask token's share of t + v."""
+    o_j = tl.program_id(0) * R + tl.arange(0, R)
+    o_e = tl.program_id(1) * BE + tl.arange(0, BE)
+    N_out = num_prefix + L
+    m_j, m_e = o_j < N_out, o_e < E
+    m_je = m_j[:, None] & m_e[None, :]
+    b_sum = tl.zeros([R, BE], tl.float32)
+    i_first = tl.program_id(2).to(tl.int64) * IMAGES
+    for i_b in range(i_first, tl.minimum(i_first + IMAGES, B)):
+        is_token, i_token = token_rows(p_ids_restore, i_b, o_j, m_j, K, L, num_prefix)
+        o_grad = (i_b * N_out + o_j) * E
+        b_grad = tl.load(p_grad + o_grad[:, None] + o_e[None, :], mask=m_je, other=0)
+        o_dx = (i_b * (num_prefix + K) + i_token) * E
+        tl.store(p_dx + o_dx[:, None] + o_e[None, :], b_grad, mask=is_token[:, None] & m_e[None, :])
+        b_sum += tl.where(is_token[:, None], 0.0, b_grad.to(tl.float32))
+    i_partial = tl.program_id(2).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
+    tl.store(p_partial + i_partial * E + o_e, tl.sum(b_sum, axis=0), mask=m_e)
+
+
+def tile_options(width: int) -> dict[str, int]:
+    """Tile of both directions: 16 values a thread and image."""
+    block = min(TILE_COLUMNS, triton.next_power_of_2(width))
+    return {"R": TILE_ROWS, "BE": block, "IMAGES": TILE_IMAGES, "num_warps": 4}
+
+
+def tile_grid(batch: int, num_rows: int, width: int) -> tuple[int, int, int]:
+    """Programs over token rows, columns and groups of images."""
+    columns = triton.cdiv(width, tile_options(width)["BE"])
+    return triton.cdiv(num_rows, TILE_ROWS), columns, triton.cdiv(batch, TILE_IMAGES)
+
+
+def unshuffle(x_BNE: Tensor, mask_token_E: Tensor, pos: Tensor, ids_restore_BL: Tensor, num_prefix: int) -> Tensor:
+    """Launch the forward pass; see reference.unshuffle."""
+    batch, num_tokens, width = x_BNE.shape
+    out = x_BNE.new_empty(batch, pos.shape[0], width)
+    with torch.cuda.device_of(x_BNE):
+        unshuffle_kernel[tile_grid(batch, pos.shape[0], width)](
+            p_x=x_BNE,
+            p_mask_token=mask_token_E,
+            p_pos=pos,
+            p_ids_restore=ids_restore_BL,
+            p_out=out,
+            B=batch,
+            K=num_tokens - num_prefix,
+            L=ids_restore_BL.shape[1],
+            E=width,
+            num_prefix=num_prefix,
+            **tile_options(width),
+        )
+    return out
+
+
+def unshuffle_backward(
+    grad_BNE: Tensor, ids_restore_BL: Tensor, num_keep: int, num_prefix: int
+) -> tuple[Tensor, Tensor]:
+    """Launch the backward pass, then add the programs' shares of dmask_token in their order; see reference."""
+    batch, num_rows, width = grad_BNE.shape
+    grid = tile_grid(batch, num_rows, width)
+    dx = grad_BNE.new_empty(batch, num_prefix + num_keep, width)
+    partial = grad_BNE.new_empty(grid[0] * grid[2], width, dtype=torch.float32)
+    with torch.cuda.device_of(grad_BNE):
+        unshuffle_backward_kernel[grid](
+            p_grad=grad_BNE,
+            p_ids_restore=ids_restore_BL,
+            p_dx=dx,
+            p_partial=partial,
+            B=batch,
+            K=num_keep,
+            L=ids_restore_BL.shape[1],
+            E=width,
+            num_prefix=num_prefix,
+            **tile_options(width),
+        )
+    return dx, partial.sum(0)
