@@ -12,7 +12,13 @@ COMMANDS = {
     "shard": "pack a folder of images into WebDataset shards with an index, a manifest and checksums",
     "pretrain": "pretrain a masked autoencoder on shards",
     "reconstruct": "draw masked | reconstruction | original for a checkpoint",
+    "features": "write the encoder's features of a dataset to a safetensors or Parquet file",
+    "export": "write a checkpoint for facebookresearch/mae, timm, transformers, detectron2, mmseg or ONNX",
+    "import": "turn a checkpoint of facebookresearch/mae, timm, transformers, detectron2 or mmseg into one of ours",
 }
+
+# no file may be called import.py; the one that holds both commands is told which
+TWO_IN_ONE = {"export": "interchange", "import": "interchange"}
 
 
 def usage() -> str:
@@ -32,9 +38,10 @@ def usage() -> str:
 
 def run(command: str, argv: list[str]) -> int:
     """Runs one command and returns its exit code; `ValueError` and `OSError` become one message and 2."""
-    module = importlib.import_module(f"patchmill.tools.{command.replace('-', '_')}")
+    name = TWO_IN_ONE.get(command, command.replace("-", "_"))
+    module = importlib.import_module(f"patchmill.tools.{name}")
     try:
-        return module.main(argv)
+        return module.main([command, *argv] if command in TWO_IN_ONE else argv)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -78,7 +78,9 @@ def read_checkpoint(path: str | Path, hints: Hints = Hints()) -> Checkpoint:  # 
     if left_out:
         notes.append(f"left out, no part of a ViT-MAE: {listed(sorted(left_out))}")
     if "norm_pix_loss" not in weights.said and hints.norm_pix_loss is None and any(map(is_decoder, tensors)):
-        notes.append("it does not say its target: taken for normalised pixels; if not, give --no-norm-pix-loss")
+        notes.append(
+            "it does not say its target: taken for normalised pixels; if not, give --source.norm-pix-loss False"
+        )
     return Checkpoint(config, tensors, source, weights.file, notes)
 
 

@@ -67,7 +67,10 @@ def infer_config(tensors: Tensors, said: dict[str, Any], hints: Hints, where: Pa
     if "image_size" not in fields:
         fields["image_size"] = _square(num_patches, shape["patch_size"], where)
     if shape["channels"] != 3 and not {"mean", "std"} <= fields.keys():
-        raise ValueError(f"{where} has {shape['channels']} channels: give --mean and --std, one value per channel each")
+        raise ValueError(
+            f"{where} has {shape['channels']} channels: give {_option('mean')} and {_option('std')}, "
+            "one value per channel each"
+        )
     try:
         config = ModelConfig(**fields)
     except (TypeError, ValueError) as error:
@@ -75,7 +78,8 @@ def infer_config(tensors: Tensors, said: dict[str, Any], hints: Hints, where: Pa
     if config.num_patches != num_patches:
         raise ValueError(
             f"{where} has positions for {num_patches} patches; images of {config.image_hw[0]} x {config.image_hw[1]} "
-            f"pixels have {config.num_patches} of {config.patch_size} pixels: give the --image-size it was made for"
+            f"pixels have {config.num_patches} of {config.patch_size} pixels: give {_option('image_size')}, "
+            "the size it was made for"
         )
     return config
 
@@ -152,7 +156,12 @@ def _square(num_patches: int, patch_size: int, where: Path) -> int:
     side = math.isqrt(max(num_patches, 0))
     if side * side != num_patches:
         raise ValueError(
-            f"{where} has positions for {num_patches} patches, which is no square: give --image-size HEIGHT WIDTH, "
-            "the size it was made for"
+            f"{where} has positions for {num_patches} patches, which is no square: give {_option('image_size')} "
+            "HEIGHT WIDTH, the size it was made for"
         )
     return side * patch_size
+
+
+def _option(name: str) -> str:
+    """A hint as `patchmill import` and `export` take it."""
+    return f"--source.{name.replace('_', '-')}"
