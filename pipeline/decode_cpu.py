@@ -9,7 +9,7 @@ applied, CMYK and YCCK become RGB by Pillow's rule, alpha is dropped, 16-bit val
 import io
 from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 
 import numpy as np
 import simplejpeg
@@ -19,13 +19,14 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from patchmill.pipeline.feed import Feeder, StepPlan
+from patchmill.pipeline.pool import Pool
 from patchmill.pipeline.shards import JPEG_START
 from patchmill.pipeline.tiff import read_tiff
 
 MAX_PIXELS = 178_956_970  # of one image: Pillow's own guard against decompression bombs
 CHUNK = 8  # samples of one task: large enough that handing it out costs nothing, small enough to share evenly
 MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}  # Pillow's name for each channel count
-FORMATS = ("JPEG", "PNG", "TIFF", "BMP", "GIF", "PPM", "WEBP")
+FORMATS = ("JPEG", "PNG", "TIFF", "BMP", "GIF", "PPM", "WEBP", "AVIF")
 PILLOW_ERRORS = (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, EOFError, ValueError)
 TIFF_STARTS = (b"II*\0", b"MM\0*")
 EXIF_MARK = b"Exif\0\0"
@@ -70,17 +71,14 @@ class CpuDecoder:
 
     def batches(self, epoch: int, step: int) -> Iterator[tuple[StepPlan, Tensor]]:
         """Yields plans and their images (uint8 `[B, H, W, C]`) from a step on, for ever."""
-        pool = ThreadPoolExecutor(self.workers, thread_name_prefix="patchmill-decode")
         ahead: deque[tuple[StepPlan, Tensor, list[Future]]] = deque()
-        try:
+        with Pool(self.workers, "patchmill-decode") as pool:
             for plan in self.feeder.plans(epoch, step):
                 images = torch.empty(self.shape, dtype=torch.uint8, pin_memory=self.pin_memory)
                 chunks = range(0, self.feeder.local_slots, CHUNK)
                 ahead.append((plan, images, [pool.submit(self._decode, plan, images, lo) for lo in chunks]))
                 if len(ahead) > self.batches_ahead:
                     yield self._finish(*ahead.popleft())
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
 
     def _finish(self, plan: StepPlan, images: Tensor, tasks: list[Future]) -> tuple[StepPlan, Tensor]:
         for task in tasks:
@@ -140,7 +138,7 @@ def decode_image(data: bytes, channels: int, size_hw: tuple[int, int] | None = N
 
 
 def _decode_jpeg(data: bytes, colourspace: str) -> ImageHWC | None:
-    """Decodes an ordinary JPEG, strictly; None for those that are Pillow's: CMYK, YCCK and what TurboJPEG cannot name."""
+    """Decodes an ordinary JPEG, strictly; None for those that are Pillow's: CMYK, YCCK and unknown kinds."""
     try:
         height, width, source, _ = simplejpeg.decode_jpeg_header(data)
     except ValueError:

@@ -14,7 +14,6 @@ corrupted memory on a grey JPEG).
 
 from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from importlib import import_module
 from typing import Any
 
@@ -27,6 +26,7 @@ from torch.utils.dlpack import from_dlpack
 
 from patchmill.pipeline.decode_cpu import CHUNK, decode_image
 from patchmill.pipeline.feed import Feeder, StepPlan
+from patchmill.pipeline.pool import Pool
 from patchmill.pipeline.shards import JPEG_START
 
 PNG_START = b"\x89PNG\r\n\x1a\n"
@@ -70,7 +70,7 @@ class DaliDecoder:
         """Yields plans and their images (uint8 `[B, H, W, C]`, on the current stream) from a step on."""
         on_host: tuple[int, int] | None = None
         while True:
-            with ThreadPoolExecutor(self.workers, thread_name_prefix="patchmill-read") as pool:
+            with Pool(self.workers, "patchmill-read") as pool:
                 source = _Source(self.feeder, pool, epoch, step, self.channels, on_host)
                 pipeline = self._build(source)
                 while True:
@@ -142,7 +142,7 @@ class _Source:
     def __init__(
         self,
         feeder: Feeder,
-        pool: ThreadPoolExecutor,
+        pool: Pool,
         epoch: int,
         step: int,
         channels: int,
@@ -156,8 +156,8 @@ class _Source:
 
     def __call__(self, iteration: int) -> list:
         plan = next(self.plans)
-        chunks = self.pool.map(lambda lo: self._fetch(plan, lo), range(0, self.feeder.local_slots, CHUNK))
-        samples = [sample for chunk in chunks for sample in chunk]
+        tasks = [self.pool.submit(self._fetch, plan, lo) for lo in range(0, self.feeder.local_slots, CHUNK)]
+        samples = [sample for task in tasks for sample in task.result()]
         self.delivered.append(plan)
         if self.decodes:
             return [samples, plan.flips_B.astype(np.int32)]
