@@ -282,8 +282,8 @@ def test_closing_and_forgetting_end_all_threads(dataset, decoder):
 
 def test_files_are_closed(dataset):
     def open_shards():
-        links = Path("/proc/self/fd").glob("*")
-        return [name for link in links if link.is_symlink() and (name := os.readlink(link)).startswith(str(dataset))]
+        names = [os.readlink(link) for link in Path("/proc/self/fd").glob("*") if link.is_symlink()]
+        return [name for name in names if name.startswith(str(dataset)) and name.endswith(".tar")]
 
     with open_loader(dataset) as loader:
         next(loader)
