@@ -74,7 +74,8 @@ class Manifest:
     """What manifest.json says; equal content gives equal bytes (no times, no host, no path).
 
     options holds what shaped the content; channels is what `mean` and `std` (0..1 units, over decoded pixels) count;
-    statistics holds minimum, mean and maximum of width, height and bytes; plan_sha256 is of the packing plan.
+    statistics holds minimum, mean and maximum of width, height and size, and the integer sums behind mean and std;
+    plan_sha256 is of the packing plan.
     """
 
     format_version: int
@@ -101,15 +102,15 @@ class Manifest:
             raw = json.loads(text)
         except json.JSONDecodeError as error:
             raise ValueError(
-                f"{where} is not JSON ({error}): restore it, or rebuild it with `patchmill index`"
+                f"{where} is not JSON ({error}): restore it, or rebuild it with `patchmill index --overwrite`"
             ) from None
         if not isinstance(raw, dict):
-            raise ValueError(f"{where} is not a Patchmill manifest: rebuild it with `patchmill index`")
+            raise ValueError(f"{where} is not a Patchmill manifest: rebuild it with `patchmill index --overwrite`")
         version = raw.get("format_version")
         if version != FORMAT_VERSION:
             raise ValueError(
                 f"{where} has format_version {version!r} and this program reads {FORMAT_VERSION}: pack again with "
-                "`patchmill shard`, or rebuild the manifest with `patchmill index`"
+                "`patchmill shard`, or rebuild the manifest with `patchmill index --overwrite`"
             )
         try:
             raw["shards"] = [ShardInfo(**shard) for shard in raw["shards"]]
@@ -117,7 +118,9 @@ class Manifest:
             known = {f.name for f in fields(cls)}
             return cls(**{name: value for name, value in raw.items() if name in known})
         except (KeyError, TypeError) as error:
-            raise ValueError(f"{where} lacks a field ({error}): rebuild it with `patchmill index`") from None
+            raise ValueError(
+                f"{where} lacks a field ({error}): rebuild it with `patchmill index --overwrite`"
+            ) from None
 
     def fingerprint(self) -> str:
         """sha256 (hex) of the content: two datasets with the same fingerprint hold the same bytes in the same order."""
@@ -146,6 +149,20 @@ def open_dataset(path: str | Path) -> Dataset:
     FileNotFoundError for a missing folder or shard, ValueError for anything inconsistent; both say what mends it.
     """
     root = Path(path)
+    manifest = read_manifest(root)
+    in_shards = sum(shard.samples for shard in manifest.shards)
+    if manifest.num_samples < 1 or in_shards != manifest.num_samples:
+        raise ValueError(
+            f"{root / MANIFEST_NAME} counts {manifest.num_samples} samples and its shards {in_shards}: "
+            "rebuild it with `patchmill index --overwrite`"
+        )
+    samples = open_samples(root / SAMPLES_NAME, manifest.num_samples)
+    check_shard_files(root, manifest)
+    return Dataset(root, manifest, samples)
+
+
+def read_manifest(root: Path) -> Manifest:
+    """Parses the manifest of a dataset's folder; the errors of a missing, empty or unpacked folder are its own."""
     if not root.exists():
         raise FileNotFoundError(f"no dataset at {root}: {_missing_hint(root)}")
     if not root.is_dir():
@@ -153,21 +170,12 @@ def open_dataset(path: str | Path) -> Dataset:
     manifest_path = root / MANIFEST_NAME
     if not manifest_path.is_file():
         raise ValueError(f"{root} has no {MANIFEST_NAME}: {_folder_hint(root)}")
-    manifest = Manifest.from_json(manifest_path.read_text("utf-8"), str(manifest_path))
-    in_shards = sum(shard.samples for shard in manifest.shards)
-    if manifest.num_samples < 1 or in_shards != manifest.num_samples:
-        raise ValueError(
-            f"{manifest_path} counts {manifest.num_samples} samples and its shards {in_shards}: "
-            "rebuild it with `patchmill index`"
-        )
-    samples = open_samples(root / SAMPLES_NAME, manifest.num_samples)
-    check_shard_files(root, manifest)
-    return Dataset(root, manifest, samples)
+    return Manifest.from_json(manifest_path.read_text("utf-8"), str(manifest_path))
 
 
 def open_samples(path: Path, num_samples: int) -> np.ndarray:
     """Maps samples.npy read-only; ValueError when it is missing, cut, of another type or of another length."""
-    remedy = "restore it, or rebuild it with `patchmill index`"
+    remedy = "restore it, or rebuild it with `patchmill index --overwrite`"
     if not path.is_file():
         raise ValueError(f"{path} is missing: {remedy}")
     try:
@@ -192,7 +200,7 @@ def check_shard_files(root: Path, manifest: Manifest) -> None:
         if size != shard.bytes:
             raise ValueError(
                 f"{path} has {size} bytes where {MANIFEST_NAME} means {shard.bytes}: restore it, pack again, or, "
-                "if the change is meant, rebuild the manifest with `patchmill index`"
+                "if the change is meant, rebuild the manifest with `patchmill index --overwrite`"
             )
 
 

@@ -9,7 +9,12 @@ import sys
 from patchmill import __version__
 
 COMMANDS = {
-    "shard": "pack a folder of images into WebDataset shards with an index, a manifest and checksums",
+    "shard": "pack any collection of images into WebDataset shards with an index, a manifest and checksums",
+    "verify": "check a dataset: every checksum, every index, every image",
+    "info": "tell what a dataset holds, and draw a contact sheet",
+    "index": "make a dataset of WebDataset tars that another program wrote",
+    "merge": "finish a dataset that was packed in parts, or join datasets",
+    "convert": "write a dataset as class folders or as one .beton file",
     "pretrain": "pretrain a masked autoencoder on shards",
     "reconstruct": "draw masked | reconstruction | original for a checkpoint",
     "features": "write the encoder's features of a dataset to a safetensors or Parquet file",
@@ -42,7 +47,7 @@ def run(command: str, argv: list[str]) -> int:
     module = importlib.import_module(f"patchmill.tools.{name}")
     try:
         return module.main([command, *argv] if command in TWO_IN_ONE else argv)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

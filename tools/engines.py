@@ -8,6 +8,7 @@ import ctypes
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -58,6 +59,52 @@ def pack_in_processes(tasks: Iterable[ShardTask], store: Store, report: Progress
             stop.set()
             pool.shutdown(wait=True, cancel_futures=True)
     pass_on()
+
+
+def pack_on_ray(tasks: Iterable[ShardTask], store: Store, report: Progress) -> None:
+    """Packs on a Ray cluster: the one at RAY_ADDRESS, or a local one that lasts as long as the call.
+
+    Sources and output must be reachable under the same paths from every machine of the cluster.
+    """
+    try:
+        import ray
+    except ImportError:
+        raise ValueError("--engine ray needs another package: pip install 'patchmill[ray]'") from None
+    ours = not ray.is_initialized()
+    if ours:
+        ray.init(log_to_driver=False, include_dashboard=False, runtime_env={"env_vars": _python_path()})
+    try:
+        pack = ray.remote(num_cpus=1, max_retries=3)(_pack_and_count)
+        slots, jobs = 2 * int(ray.cluster_resources().get("CPU", 1)), iter(tasks)
+        running: list[Any] = []
+        while True:
+            running += [pack.remote(task, store) for task in islice(jobs, slots - len(running))]
+            if not running:
+                break
+            done, running = ray.wait(running, num_returns=1)
+            if not report(*ray.get(done[0])):
+                raise Stopped
+    finally:
+        if ours:
+            ray.shutdown()
+
+
+def _pack_and_count(task: ShardTask, store: Store) -> tuple[int, int, int]:
+    """Packs one shard; returns (images, source bytes, bad images)."""
+    totals = [0, 0, 0]
+
+    def report(*done: int) -> bool:
+        for i, count in enumerate(done):
+            totals[i] += count
+        return True
+
+    pack_shard(task, store, report)
+    return totals[0], totals[1], totals[2]
+
+
+def _python_path() -> dict[str, str]:
+    """Lets Ray's workers import what this process imports, when it runs from a checkout."""
+    return {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
 
 
 def _at_most(limit: int, jobs: Iterator[Callable[[], Future]]) -> Iterator[set[Future]]:

@@ -24,6 +24,7 @@ from patchmill.pipeline.manifest import (
 )
 from patchmill.tools.pack import PixelSums, part_name
 from patchmill.tools.store import PLAN_NAME, Store
+from patchmill.tools.urls import redact
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ def read_parts(store: Store) -> Parts:
     """Every part record of the unfinished dataset; ValueError names the shards that are still missing."""
     text = store.read_text(PLAN_NAME)
     if text is None:
-        raise ValueError(f"{store.root} holds no unfinished dataset: run `patchmill shard` first")
+        raise ValueError(f"{redact(str(store.root))} holds no unfinished dataset: run `patchmill shard` first")
     plan = json.loads(text)
     records = [read_part(store, shard) for shard in range(plan["shards"])]
     missing = [str(shard) for shard, record in enumerate(records) if record is None]
@@ -76,35 +77,46 @@ def read_parts(store: Store) -> Parts:
 
 
 def finish(store: Store, parts: Parts) -> Manifest:
-    """Writes manifest, sample table and lists, and gives the dataset its name."""
-    shards: list[ShardInfo] = []
-    tables, names = [], []
-    sums = PixelSums()
+    """Renumbers the shards where some are empty, writes the tables, and gives the dataset its name."""
+    kept: list[dict[str, Any]] = []
     for record in parts.records:
-        sums.merge(PixelSums(record["sums"][0], tuple(record["sums"][1]), tuple(record["sums"][2])))
-        if not record["rows"]:
+        if record["rows"]:
+            name = f"shard-{len(kept):06d}.tar"
+            if name != record["name"]:
+                store.rename(record["name"], name)
+                store.rename(index_name(record["name"]), index_name(name))
+            kept.append(record | {"name": name})
+        else:
             store.delete(record["name"])
             store.delete(index_name(record["name"]))
-            continue
-        name = f"shard-{len(shards):06d}.tar"
-        if name != record["name"]:
-            store.rename(record["name"], name)
-            store.rename(index_name(record["name"]), index_name(name))
-        tables.append(sample_rows(record["rows"], len(shards)))
-        names += record["names"]
-        shards.append(ShardInfo(name, len(record["rows"]), record["bytes"], record["sha256"]))
-    samples = np.concatenate(tables)
-    left_out = parts.plan["left_out"] + [entry for record in parts.records for entry in record["left_out"]]
+    manifest = write_tables(
+        store, kept, options=parts.plan["options"], classes=parts.plan["classes"],
+        plan_sha256=parts.plan["fingerprint"],
+        left_out=parts.plan["left_out"] + [entry for record in parts.records for entry in record["left_out"]],
+    )  # fmt: skip
+    store.publish()
+    return manifest
+
+
+def write_tables(
+    store: Store, records: list[dict[str, Any]], *, options: dict[str, Any], classes: list[str], plan_sha256: str,
+    left_out: list[dict[str, str]],
+) -> Manifest:  # fmt: skip
+    """Writes the sample table, the lists and last the manifest of these shards, in this order."""
+    sums = PixelSums()
+    for record in records:
+        sums.merge(PixelSums(*record["sums"]))
+    samples = np.concatenate([sample_rows(record["rows"], i) for i, record in enumerate(records)])
     manifest = make_manifest(
-        options=parts.plan["options"], classes=parts.plan["classes"], shards=shards, samples=samples, sums=sums,
-        quarantined=len(left_out), plan_sha256=parts.plan["fingerprint"],
+        options=options, classes=classes, samples=samples, sums=sums, quarantined=len(left_out),
+        plan_sha256=plan_sha256,
+        shards=[ShardInfo(r["name"], len(r["rows"]), r["bytes"], r["sha256"]) for r in records],
     )  # fmt: skip
     with store.writing(SAMPLES_NAME) as file:
         file.write(samples_bytes(samples))
-    store.write_text(NAMES_NAME, json_lines(names))
+    store.write_text(NAMES_NAME, json_lines([name for record in records for name in record["names"]]))
     store.write_text(QUARANTINE_NAME, json_lines(left_out))
     store.write_text(MANIFEST_NAME, manifest.to_json())
-    store.publish()
     return manifest
 
 
@@ -126,7 +138,8 @@ def make_manifest(
         quarantined=quarantined,
         plan_sha256=plan_sha256,
         samples_sha256=hashlib.sha256(samples_bytes(samples)).hexdigest(),
-        statistics={
+        statistics={"pixels": {"count": sums.pixels, "sums": list(sums.sums), "squares": list(sums.squares)}}
+        | {
             column: {
                 "min": int(values.min()),
                 "mean": round(int(values.sum()) / len(values), 2),

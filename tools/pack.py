@@ -8,7 +8,7 @@ then renamed, so that a record that exists stands for a whole shard. `finish.py`
 import hashlib
 import json
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -36,8 +36,8 @@ class PixelSums:
     """
 
     pixels: int = 0
-    sums: tuple[int, ...] = ()
-    squares: tuple[int, ...] = ()
+    sums: Sequence[int] = ()
+    squares: Sequence[int] = ()
 
     def add(self, image: np.ndarray, channels: int) -> None:
         """Adds one image, uint8 [H, W] or [H, W, C], as `channels` channels."""

@@ -16,7 +16,8 @@ from patchmill.tools.finish import finish, json_lines, read_parts, verified_part
 from patchmill.tools.pack import Progress, Stopped
 from patchmill.tools.plan import PackOptions, Plan, ShardTask, make_plan, pending
 from patchmill.tools.sources import Listing
-from patchmill.tools.store import PLAN_NAME, Store, is_disk_full
+from patchmill.tools.store import PLAN_NAME, Store, is_disk_full, store_at
+from patchmill.tools.urls import redact
 
 MAX_BAD_FRACTION = 0.5
 Engine = Callable[[Iterable[ShardTask], Store, Progress], None]
@@ -56,8 +57,8 @@ def pack_dataset(
     An interrupted run of the same plan is resumed; ValueError for anything else that stands at `out`, for an empty
     listing and for too many bad images; OSError when the output cannot be written.
     """
-    store = Store(Path(out))
-    refuse_foreign(store.out)
+    store = store_at(out)
+    store.refuse_foreign()
     plan = make_plan(listing, options or PackOptions())
     if (finished := finished_before(store, plan)) is not None:
         return finished
@@ -105,28 +106,20 @@ def join(store: Store) -> Manifest:
     except OSError as error:
         if is_disk_full(error):
             raise OSError(
-                f"no room left for the manifest in {store.root}: make room and give the command again"
+                f"no room left for the manifest in {shown(store.root)}: make room and give the command again"
             ) from None
         raise
 
 
-def refuse_foreign(out: Path) -> None:
-    """ValueError when `out` is there and is neither empty nor a dataset (which the plan will be compared with)."""
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"{out} is a file: give the name of a new folder")
-    if out.is_dir() and any(out.iterdir()) and not (out / MANIFEST_NAME).is_file():
-        raise ValueError(f"{out} is not empty: give the name of a new folder, or delete what is there")
-
-
 def finished_before(store: Store, plan: Plan) -> Manifest | None:
     """The manifest when `out` is this very plan, packed; ValueError when it is another dataset."""
-    path = store.out / MANIFEST_NAME
-    if not path.is_file():
+    text = store.published_manifest()
+    if text is None:
         return None
-    manifest = Manifest.from_json(path.read_text("utf-8"), str(path))
+    manifest = Manifest.from_json(text, f"{shown(store.out)}/{MANIFEST_NAME}")
     if manifest.plan_sha256 != plan.fingerprint:
         raise ValueError(
-            f"{store.out} holds a dataset of other images or options: give the name of a new folder, or delete it"
+            f"{shown(store.out)} holds a dataset of other images or options: give a new folder, or delete this one"
         )
     store.clean_published()
     return manifest
@@ -137,8 +130,8 @@ def begin(store: Store, plan: Plan) -> None:
     text = store.read_text(PLAN_NAME)
     if text is not None and json.loads(text)["fingerprint"] != plan.fingerprint:
         raise ValueError(
-            f"{store.root} is an unfinished run with other images or options: delete it to begin anew, or give the "
-            "command that it was begun with"
+            f"{shown(store.root)} is an unfinished run with other images or options: delete it to begin anew, or give "
+            "the command that it was begun with"
         )
     store.create()
     description: dict[str, Any] = {
@@ -162,6 +155,11 @@ def processors() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def shown(place: str | Path) -> str:
+    """A folder or URL as a message may show it."""
+    return redact(str(place))
+
+
 def _engine(engine: Engine | None, workers: int) -> Engine:
     if engine is not None:
         return engine
@@ -176,9 +174,11 @@ def _named(error: OSError, store: Store, plan: Plan) -> OSError:
     if not done:
         store.abandon()
     if not is_disk_full(error):
-        return OSError(f"cannot write {store.root}: {error.strerror or error} ({done} shards are kept)")
-    kept = f"{done} of {plan.num_shards} shards are kept in {store.root}; " if done else "nothing was kept; "
-    return OSError(f"no room left for {store.out} ({error.strerror}): {kept}make room and give the same command again")
+        return OSError(f"cannot write {shown(store.root)}: {error.strerror or error} ({done} shards are kept)")
+    kept = f"{done} of {plan.num_shards} shards are kept in {shown(store.root)}; " if done else "nothing was kept; "
+    return OSError(
+        f"no room left for {shown(store.out)} ({error.strerror}): {kept}make room and give the same command again"
+    )
 
 
 def _too_bad(store: Store, plan: Plan, run: Run, max_bad_fraction: float) -> ValueError:
@@ -186,7 +186,7 @@ def _too_bad(store: Store, plan: Plan, run: Run, max_bad_fraction: float) -> Val
     left_out = [entry for record in records for entry in record["left_out"]]
     if records:
         store.write_text(QUARANTINE_NAME, json_lines(plan.left_out + left_out))
-        where = f"the list so far is {store.root / QUARANTINE_NAME}; "
+        where = f"the list so far is {shown(store.root)}/{QUARANTINE_NAME}; "
     else:
         store.abandon()
         where = ""

@@ -3,11 +3,14 @@
 The work is pack_dataset.py; what a source may be is sources.py, what becomes of an image normalise.py.
 """
 
+import hashlib
+import shutil
 import sys
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 from rich.console import Console
@@ -15,53 +18,154 @@ from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, Tim
 from rich.progress import Progress as Bar
 from rich.table import Table
 
-from patchmill.pipeline.manifest import QUARANTINE_NAME, Manifest
+from patchmill.pipeline.manifest import QUARANTINE_NAME, Manifest, open_dataset
+from patchmill.tools.beton import write_beton
+from patchmill.tools.engines import pack_on_ray
+from patchmill.tools.list_source import list_source
+from patchmill.tools.normalise import REENCODE_QUALITY, Policy
 from patchmill.tools.pack_dataset import MAX_BAD_FRACTION, Run, pack_dataset
 from patchmill.tools.plan import PackOptions
-from patchmill.tools.sources import list_folder
+from patchmill.tools.source_tables import Columns
+from patchmill.tools.sources import Listing
+from patchmill.tools.splits import split_listing
+from patchmill.tools.urls import is_url, redact
 
 
 @dataclass(frozen=True)
 class ShardArgs:
     """Packs images into WebDataset shards with an index, a manifest and checksums.
 
-    Example: patchmill shard photos/ shards/
+    Examples:
+
+    patchmill shard photos/ shards/
+
+    patchmill shard imagenet.zip shards/ --splits train val --resize shorter-side --size 512
+
+    patchmill shard list.csv s3://bucket/shards --workers 16
     """
 
-    images: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="IN")]
-    """Class folders (the ImageFolder layout) or a flat folder of images."""
-    out: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="OUT")]
-    """The dataset's folder; it appears when all is packed. The same command resumes an interrupted run."""
+    images: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="IN")]
+    """Class folders (ImageFolder), a flat folder, .zip, .tar(.gz), tars of a WebDataset ("train-{000..146}.tar"), a
+    list (.csv, .jsonl, .parquet with a path column), Hugging Face Parquet, .npy, .npz, .beton; tars, Parquet by URL."""
+    out: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="OUT")]
+    """The dataset's folder or URL; it is there when all is packed. The same command resumes an interrupted run."""
     shard_size_mb: float = 256.0
     """Size of a shard in MiB, by the sizes of the sources."""
     seed: int = 0
     """Of the global shuffle."""
     workers: int = 0
     """Processes; 0 is one per processor. The output does not depend on it."""
+    encode: Literal["keep", "jpeg"] = "keep"
+    """keep: sound baseline JPEGs and plain PNGs stay byte for byte. jpeg: everything becomes JPEG."""
+    quality: int = REENCODE_QUALITY
+    """JPEG quality of images that are encoded anew."""
+    resize: Literal["none", "shorter-side", "longest-side", "border"] = "none"
+    """Which side to bring down to --size (never up); border: the longest, then padded with black to a square."""
+    size: int = 0
+    """Pixels of that side."""
+    min_size: int = 1
+    """Leave out images with a side shorter than this."""
+    max_pixels: int = 100_000_000
+    """Refuse images with more pixels than this, by their header."""
+    alpha: Literal["drop", "keep"] = "drop"
+    """What becomes of an alpha channel."""
+    dedupe: bool = False
+    """Leave out images whose bytes another one has."""
+    max_samples: int = 0
+    """Pack a random subset of this many; 0 packs all."""
+    splits: tuple[str, ...] = ()
+    """Datasets of their own under OUT: top folders (train val) or shares (train:0.9 val:0.1)."""
+    path_column: str = ""
+    """Column of a list that names the file (or holds the image); found by its name when not given."""
+    label_column: str = ""
+    """Column of a list that holds the label."""
+    caption_column: str = ""
+    """Column of a list that holds a caption."""
     max_bad_fraction: float = MAX_BAD_FRACTION
     """Stop when more than this fraction of the images is damaged."""
+    format: Literal["webdataset", "beton"] = "webdataset"
+    """beton: one file for FFCV instead (needs the extra ffcv)."""
+    engine: Literal["processes", "ray"] = "processes"
+    """ray: the cluster at RAY_ADDRESS, or a local one."""
+    part: str = ""
+    """I/N packs every N-th shard beginning with I (0 to N - 1); `patchmill merge OUT` then finishes the dataset."""
 
 
 def main(argv: list[str]) -> int:
-    """Runs the command; 0 when the dataset is whole."""
+    """Runs the command; 0 when all that was asked for is packed."""
     args = tyro.cli(ShardArgs, args=argv, prog="patchmill shard")
-    started = time.monotonic()
-    listing = list_folder(args.images)
+    options, part = pack_options(args), parse_part(args.part)
+    if args.format == "beton" and (args.splits or args.part or is_url(args.out)):
+        raise ValueError("--format beton writes one local file: leave out --splits and --part")
     screen = Console(stderr=True)
-    for note in listing.notes:
+    staging = staging_folder(args.out)
+    columns = Columns(args.path_column, args.label_column, args.caption_column)
+    with screen.status("listing the images"):
+        listing = list_source(args.images, columns, staging)
+    for note in listing.notes if not args.splits else ():
         screen.print(f"note: {note}", style="yellow", highlight=False)
+    pieces = split_listing(listing, args.splits) if args.splits else {"": listing}
+    for name, piece in pieces.items():
+        pack_piece(piece, f"{args.out.rstrip('/')}/{name}" if name else args.out, options, args, part, screen)
+    if part[1] == 1:
+        shutil.rmtree(staging, ignore_errors=True)
+    return 0
+
+
+def pack_piece(
+    listing: Listing, out: str, options: PackOptions, args: ShardArgs, part: tuple[int, int], screen: Console
+) -> None:
+    """Packs one listing with a bar and prints its summary."""
+    started = time.monotonic()
+    shards = out if args.format == "webdataset" else f"{out}.shards"
     with PackingBar(screen) as bar:
         manifest = pack_dataset(
             listing,
-            args.out,
-            PackOptions(seed=args.seed, shard_size_mb=args.shard_size_mb),
+            shards,
+            options,
             workers=args.workers,
             max_bad_fraction=args.max_bad_fraction,
+            part=part,
+            engine=pack_on_ray if args.engine == "ray" else None,
             on_progress=bar.show,
         )
-    assert manifest is not None
-    summarise(args.out, manifest, time.monotonic() - started)
-    return 0
+    if manifest is None:
+        print(f"part {args.part} is packed; when all are: patchmill merge {redact(out)}")
+        return
+    if bar.bar is None:
+        print(f"{redact(out)} was already packed by the same command")
+    if args.format == "beton":
+        write_beton(open_dataset(shards), Path(out))
+        shutil.rmtree(shards)
+    summarise(out, manifest, time.monotonic() - started)
+
+
+def pack_options(args: ShardArgs) -> PackOptions:
+    """The options that shape the content; ValueError for what cannot be."""
+    policy = Policy(args.encode, args.quality, args.resize, args.size, args.min_size, args.max_pixels, args.alpha)
+    if args.workers < 0:
+        raise ValueError(f"--workers {args.workers} must not be negative (0 is one per processor)")
+    if not 0 <= args.max_bad_fraction <= 1:
+        raise ValueError(f"--max-bad-fraction {args.max_bad_fraction} is not between 0 and 1")
+    return PackOptions(args.seed, args.shard_size_mb, args.dedupe, args.max_samples, policy)
+
+
+def parse_part(text: str) -> tuple[int, int]:
+    """ "3/8" -> (3, 8); empty is the whole."""
+    if not text:
+        return 0, 1
+    part, slash, parts = text.partition("/")
+    if not (slash and part.isdigit() and parts.isdigit() and int(part) < int(parts)):
+        raise ValueError(f"--part {text}: give I/N with I from 0 to N - 1, as in 0/8")
+    return int(part), int(parts)
+
+
+def staging_folder(out: str) -> Path:
+    """Where copies of remote and Parquet sources lie until the dataset is finished."""
+    if is_url(out):
+        return Path(tempfile.gettempdir()) / f"patchmill-{hashlib.sha256(out.encode()).hexdigest()[:16]}"
+    path = Path(out).absolute()
+    return path.with_name(path.name + ".sources")
 
 
 class PackingBar(Bar):
@@ -90,11 +194,11 @@ class PackingBar(Bar):
         self.update(self.bar, completed=run.images, rate=rate)
 
 
-def summarise(out: Path, manifest: Manifest, seconds: float) -> None:
+def summarise(out: str, manifest: Manifest, seconds: float) -> None:
     """Prints what was packed, where it lies and what was left out."""
     size = sum(shard.bytes for shard in manifest.shards)
     widths, heights = manifest.statistics["width"], manifest.statistics["height"]
-    table = Table(title=f"packed {out}", title_justify="left", show_header=False)
+    table = Table(title=f"packed {redact(out)}", title_justify="left", show_header=False)
     table.add_row("images", f"{manifest.num_samples:,} in {len(manifest.classes)} classes")
     table.add_row("shards", f"{len(manifest.shards)}, {size / 1e6:,.1f} MB")
     table.add_row("sizes", f"{widths['min']}..{widths['max']} wide, {heights['min']}..{heights['max']} high")

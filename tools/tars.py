@@ -14,8 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
+from patchmill.pipeline.manifest import EXTENSIONS, ImageFormat
+
 BLOCK = 512
 END_OF_ARCHIVE = bytes(2 * BLOCK)
+FORMATS = {extension: format for format, extension in EXTENSIONS.items()}
+FORMATS |= {"jpeg": ImageFormat.JPEG, "tiff": ImageFormat.TIFF}  # in tars made by others
 
 
 class TarDamage(ValueError):
@@ -96,6 +100,27 @@ class ShardWriter:
 def index_text(lines: list[str]) -> str:
     """The DALI index, version 1.2, of these sample lines."""
     return f"v1.2 {len(lines)}\n" + "".join(line + "\n" for line in lines)
+
+
+def index_of(members: list[TarMember]) -> str:
+    """The text of the DALI index of a tar with these members: consecutive members of one key make a sample."""
+    lines: list[list[str]] = []
+    last = None
+    for member in members:
+        split = split_key(member.name)
+        if split is None:
+            continue
+        if split[0] != last:
+            lines.append([])
+            last = split[0]
+        lines[-1].append(f"{split[1]} {member.offset} {member.size} {member.name}")
+    return index_text([" ".join(line) for line in lines])
+
+
+def image_format(name: str) -> ImageFormat | None:
+    """The format that a member's WebDataset extension stands for; None when it is no image of a dataset."""
+    split = split_key(name)
+    return FORMATS.get(split[1].lower()) if split else None
 
 
 def split_key(name: str) -> tuple[str, str] | None:

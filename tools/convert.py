@@ -1,0 +1,78 @@
+"""dataset -> [patchmill convert] -> ImageFolder or .beton; `patchmill shard` is the way back from either."""
+
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from rich.console import Console
+from rich.progress import track
+
+from patchmill.pipeline.manifest import EXTENSIONS, Dataset, ImageFormat, open_dataset
+from patchmill.tools.beton import write_beton
+from patchmill.tools.samples import read_bytes
+
+
+@dataclass(frozen=True)
+class ConvertArgs:
+    """Writes a dataset as a tree of class folders, or as one .beton file for FFCV; image bytes stay as they are.
+
+    Examples:
+
+    patchmill convert shards/ photos/
+
+    patchmill convert shards/ photos.beton
+    """
+
+    dataset: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="DATASET")]
+    """The dataset's folder. (The way back from either: patchmill shard.)"""
+    out: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="OUT")]
+    """A new folder, or a file that ends in .beton."""
+
+
+def main(argv: list[str]) -> int:
+    """Runs the command."""
+    args = tyro.cli(ConvertArgs, args=argv, prog="patchmill convert")
+    dataset = open_dataset(args.dataset)
+    if args.out.exists():
+        raise ValueError(f"{args.out} is there already: give a new name")
+    if args.out.suffix == ".beton":
+        write_beton(dataset, args.out)
+    else:
+        write_image_folder(dataset, args.out)
+    print(f"{args.out}: {len(dataset):,} images")
+    return 0
+
+
+def write_image_folder(dataset: Dataset, out: Path) -> None:
+    """Writes <class>/<sample index>.<extension>, images without label at the top; the folder appears when it is whole.
+
+    Classes keep their order: where names are not already sorted and plain, folders are called <number>-<name>.
+    """
+    folders = class_folders(dataset.manifest.classes)
+    partial = out.with_name(out.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        for folder in ("", *folders):
+            (partial / folder).mkdir(parents=True)
+        digits = max(8, len(str(len(dataset))))
+        rows = enumerate(dataset.samples)
+        for i, row in track(rows, "writing", len(dataset), console=Console(stderr=True), transient=True):
+            folder = folders[row["label"]] if row["label"] >= 0 else ""
+            name = f"{i:0{digits}d}.{EXTENSIONS[ImageFormat(row['format'])]}"
+            (partial / folder / name).write_bytes(read_bytes(dataset, i))
+        partial.rename(out)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def class_folders(classes: list[str]) -> list[str]:
+    """Folder names whose sorted order is the order of the classes, so that labels survive the way back."""
+    plain = all(re.fullmatch(r"[\w +()-][\w .+()-]*", name) for name in classes)
+    if plain and classes == sorted(classes):
+        return classes
+    digits = len(str(len(classes)))
+    return [f"{i:0{digits}d}-{re.sub(r'[^A-Za-z0-9._-]+', '_', name)}" for i, name in enumerate(classes)]
