@@ -11,6 +11,7 @@ from patchmill.trainer import checkpoint
 from patchmill.trainer.config import ModelConfig, OptimConfig
 from patchmill.trainer.mae import MaskedAutoencoder
 from patchmill.trainer.optim import build_optimizer
+from patchmill.trainer.step import Guard
 
 TINY = ModelConfig(
     image_size=32,
@@ -22,6 +23,15 @@ TINY = ModelConfig(
     decoder_depth=1,
     decoder_num_heads=2,
 )
+
+
+GUARD = Guard(torch.device("cpu"))
+
+
+def save(run, step, model, optimizer, loader=None):
+    """Writes a checkpoint as the trainer does."""
+    state = {"loader": loader or {"epoch": 0, "step": 0, "fingerprint": {}}}
+    return checkpoint.write(run, step, checkpoint.take_snapshot(model, optimizer, GUARD, state))
 
 
 def trained_pair(config=TINY, seed=0):
@@ -38,12 +48,12 @@ def trained_pair(config=TINY, seed=0):
 
 def test_what_was_saved_comes_back_bit_for_bit(tmp_path):
     model, optimizer = trained_pair()
-    path = checkpoint.save(tmp_path, 7, model, optimizer, {"loader": {"epoch": 1}})
+    path = save(tmp_path, 7, model, optimizer, {"epoch": 1, "step": 2, "fingerprint": {"seed": 3}})
     assert path == tmp_path / "checkpoints" / "step-00000007"
     assert checkpoint.find_damage(path) is None
     other, other_optimizer = trained_pair(seed=1)
-    state = checkpoint.restore(path, other, other_optimizer)
-    assert (state["step"], state["loader"]) == (7, {"epoch": 1})
+    state = checkpoint.restore(path, other, other_optimizer, GUARD)
+    assert (state["step"], state["loader"]) == (7, {"epoch": 1, "step": 2, "fingerprint": {"seed": 3}})
     for (name, a), b in zip(model.named_parameters(), other.parameters(), strict=True):
         assert torch.equal(a, b), name
         for key, value in optimizer.state.get(a, {}).items():
@@ -56,8 +66,8 @@ def test_what_was_saved_comes_back_bit_for_bit(tmp_path):
 @pytest.mark.parametrize("name", [*checkpoint.FILES, checkpoint.SUMS])
 def test_damage_anywhere_is_found_and_the_one_before_is_taken(name, tmp_path):
     model, optimizer = trained_pair()
-    good = checkpoint.save(tmp_path, 1, model, optimizer, {})
-    bad = checkpoint.save(tmp_path, 2, model, optimizer, {})
+    good = save(tmp_path, 1, model, optimizer)
+    bad = save(tmp_path, 2, model, optimizer)
     raw = bytearray((bad / name).read_bytes())
     for position in (0, len(raw) // 2, len(raw) - 1):
         damaged = raw.copy()
@@ -72,36 +82,36 @@ def test_damage_anywhere_is_found_and_the_one_before_is_taken(name, tmp_path):
 
 def test_a_full_disk_leaves_the_checkpoint_before_and_nothing_half_written(tmp_path, monkeypatch):
     model, optimizer = trained_pair()
-    good = checkpoint.save(tmp_path, 1, model, optimizer, {})
+    good = save(tmp_path, 1, model, optimizer)
 
     def full(*args, **kwargs):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(checkpoint, "save_file", full)
     with pytest.raises(OSError, match=r"No space left.*free space"):
-        checkpoint.save(tmp_path, 2, model, optimizer, {})
+        save(tmp_path, 2, model, optimizer)
     assert sorted((tmp_path / "checkpoints").iterdir()) == [good]
     assert checkpoint.find_damage(good) is None
 
 
 def test_prune_keeps_the_newest(tmp_path):
     model, optimizer = trained_pair()
-    paths = [checkpoint.save(tmp_path, step, model, optimizer, {}) for step in (1, 2, 30)]
+    paths = [save(tmp_path, step, model, optimizer) for step in (1, 2, 30)]
     checkpoint.prune(tmp_path, keep_last=2)
     assert checkpoint.all_checkpoints(tmp_path) == paths[1:]
 
 
 def test_a_checkpoint_of_another_model_is_refused_by_name(tmp_path):
     model, optimizer = trained_pair()
-    path = checkpoint.save(tmp_path, 1, model, optimizer, {})
+    path = save(tmp_path, 1, model, optimizer)
     other = trained_pair(ModelConfig(**{**TINY.__dict__, "embed_dim": 24}))
     with pytest.raises(ValueError, match="embed_dim 16 there, 24 here"):
-        checkpoint.restore(path, *other)
+        checkpoint.restore(path, *other, GUARD)
 
 
 def test_load_model_takes_run_folder_checkpoint_or_file(tmp_path):
     model, optimizer = trained_pair()
-    path = checkpoint.save(tmp_path, 3, model, optimizer, {})
+    path = save(tmp_path, 3, model, optimizer)
     for given in (tmp_path, path, path / "model.safetensors"):
         loaded, source = checkpoint.load_model(given)
         assert source == path / "model.safetensors"

@@ -2,8 +2,8 @@
 
     checkpoints/step-00001200/
       model.safetensors      published parameter names; the model's config in the header
-      optimizer.safetensors  exp_avg.<name>, exp_avg_sq.<name>, step.<name>
-      state.json             step, epoch, the loader's state, versions
+      optimizer.safetensors  exp_avg.<name>, exp_avg_sq.<name>, step.<name>, guard.<name>
+      state.json             step, the loader's state (epoch, step, what the data were), torch's version
       SHA256SUMS             of the three, written last
 
 A folder is written beside and renamed when it is whole, so that it is either absent or complete; sums are checked
@@ -22,12 +22,15 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from patchmill.trainer.config import ModelConfig
 from patchmill.trainer.mae import MaskedAutoencoder
+from patchmill.trainer.step import Guard, whole
 
 FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
 SUMS = "SHA256SUMS"
+OPTIMIZER_KEYS = {"step", "exp_avg", "exp_avg_sq"}
 
 
 class Damage(NamedTuple):
@@ -37,25 +40,63 @@ class Damage(NamedTuple):
     reason: str
 
 
-def save(
-    run: Path, step: int, model: MaskedAutoencoder, optimizer: torch.optim.Optimizer, state: dict[str, Any]
-) -> Path:
-    """Writes checkpoints/step-XXXXXXXX of a run, atomically. `state` is JSON; `step` counts updates done.
+class Snapshot(NamedTuple):
+    """All that a checkpoint holds, whole tensors even where parameters are sharded."""
+
+    header: dict[str, str]
+    model: dict[str, Tensor]
+    optimizer: dict[str, Tensor]
+    state: dict[str, Any]
+
+
+def take_snapshot(
+    model: MaskedAutoencoder,
+    optimizer: torch.optim.Optimizer,
+    guard: Guard,
+    state: dict[str, Any],
+    *,
+    copy: bool = False,
+    keep: bool = True,
+) -> Snapshot:
+    """Collects what a checkpoint holds. Every rank must call it: shards are gathered here.
+
+    Args:
+        state: plain values, fit for JSON.
+        copy: own copies in main memory, so that training may go on while they are written.
+        keep: False on the ranks that do not write.
+    """
+
+    def all_of(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        kept = {}
+        for name, tensor in tensors.items():
+            full = whole(tensor.detach())
+            if keep:
+                kept[name] = full.to("cpu", copy=True) if copy else full.contiguous()
+        return kept
+
+    header = {"format": "patchmill", "model": json.dumps(dataclasses.asdict(model.config))}
+    moments = _optimizer_tensors(model, optimizer) | {f"guard.{name}": value for name, value in guard.state.items()}
+    # apex counts steps in its groups, torch beside each parameter's moments
+    steps = [group.get("step") for group in optimizer.param_groups]
+    state = {"torch": torch.__version__, "group_steps": steps, **state}
+    return Snapshot(header, all_of(model.state_dict()), all_of(moments), state)
+
+
+def write(run: Path, step: int, snapshot: Snapshot) -> Path:
+    """Writes checkpoints/step-XXXXXXXX of a run, atomically; `step` counts updates done.
 
     Raises:
         OSError: the disk is full or the folder cannot be written; nothing half-written is left.
     """
-    final = run / "checkpoints" / f"step-{step:08d}"
+    final = folder(run, step)
     beside = final.with_name(f".{final.name}.tmp")
     try:
         shutil.rmtree(beside, ignore_errors=True)
         beside.mkdir(parents=True)
-        header = {"format": "patchmill", "model": json.dumps(dataclasses.asdict(model.config))}
-        save_file(_contiguous(model.state_dict()), beside / FILES[0], metadata=header)
-        save_file(_contiguous(_optimizer_tensors(model, optimizer)), beside / FILES[1])
-        (beside / FILES[2]).write_text(json.dumps({"step": step, "torch": torch.__version__, **state}, indent=1) + "\n")
-        sums = "".join(f"{_sha256(beside / name)}  {name}\n" for name in FILES)
-        (beside / SUMS).write_text(sums)
+        save_file(snapshot.model, beside / FILES[0], metadata=snapshot.header)
+        save_file(snapshot.optimizer, beside / FILES[1])
+        (beside / FILES[2]).write_text(json.dumps({"step": step, **snapshot.state}, indent=1) + "\n")
+        (beside / SUMS).write_text(_sums(beside))
         for path in (*(beside / name for name in (*FILES, SUMS)), beside):
             _sync(path)
         if final.exists():
@@ -64,20 +105,28 @@ def save(
         _sync(final.parent)
     except BaseException as error:
         shutil.rmtree(beside, ignore_errors=True)
-        if isinstance(error, SafetensorError):
-            raise OSError(f"cannot write checkpoint {final}: {error}; free space or choose another --out") from error
-        if isinstance(error, OSError):
-            raise OSError(
-                f"cannot write checkpoint {final}: {error.strerror or error}; free space or choose another --out"
-            ) from error
+        if isinstance(error, SafetensorError | OSError):
+            why = getattr(error, "strerror", None) or error
+            raise OSError(f"cannot write checkpoint {final}: {why}; free space or choose another --out") from error
         raise
     return final
 
 
-def prune(run: Path, keep_last: int) -> None:
-    """Deletes all but the newest `keep_last` checkpoints of a run."""
+def prune(run: Path, keep_last: int, keep_every_steps: int | None = None) -> None:
+    """Deletes all but the newest `keep_last` checkpoints and those of every `keep_every_steps`-th step."""
     for path in all_checkpoints(run)[:-keep_last]:
-        shutil.rmtree(path)
+        if keep_every_steps is None or step_of(path) % keep_every_steps:
+            shutil.rmtree(path)
+
+
+def folder(run: Path, step: int) -> Path:
+    """Where the checkpoint after `step` updates lies."""
+    return run / "checkpoints" / f"step-{step:08d}"
+
+
+def step_of(path: Path) -> int:
+    """The step in a checkpoint folder's name."""
+    return int(path.name.removeprefix("step-"))
 
 
 def all_checkpoints(run: Path) -> list[Path]:
@@ -99,36 +148,83 @@ def newest_valid(run: Path) -> tuple[Path | None, list[Damage]]:
 def find_damage(path: Path) -> str | None:
     """Why a checkpoint folder cannot be trusted, or None when every file has the sum it was written with."""
     try:
-        lines = (path / SUMS).read_text(encoding="utf-8").splitlines()
-        sums = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
-        for name in FILES:
-            if name not in sums:
-                return f"{SUMS} does not list {name}"
-            if _sha256(path / name) != sums[name]:
-                return f"{name} is not what was written (sha256 differs)"
+        written, found = (path / SUMS).read_bytes(), _sums(path).encode()
     except FileNotFoundError as error:
         return f"{Path(str(error.filename)).name} is missing"
-    except UnicodeDecodeError:
-        return f"{SUMS} is not what was written"
-    return None
+    if written == found:
+        return None
+    lines = written.decode(errors="replace").splitlines()
+    listed = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
+    for line in found.decode().splitlines():
+        digest, name = line.split("  ")
+        if name not in listed:
+            return f"{SUMS} does not list {name}"
+        if listed[name] != digest:
+            return f"{name} is not what was written (sha256 differs)"
+    return f"{SUMS} is not what was written"
 
 
-def restore(path: Path, model: MaskedAutoencoder, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Loads weights and moments in place and returns the saved state. The folder must have passed `find_damage`.
+def restore(path: Path, model: MaskedAutoencoder, optimizer: torch.optim.Optimizer, guard: Guard) -> dict[str, Any]:
+    """Loads weights, moments and guard in place and returns the saved state. `find_damage` must have passed it.
 
     Raises:
-        ValueError: the checkpoint is of another model.
+        ValueError: the checkpoint is of another model, or was not written by this program.
     """
     saved = read_model_config(path / FILES[0])
     if saved != model.config:
         changed = [f.name for f in dataclasses.fields(saved) if getattr(saved, f.name) != getattr(model.config, f.name)]
         detail = ", ".join(f"{n} {getattr(saved, n)} there, {getattr(model.config, n)} here" for n in changed)
         raise ValueError(f"checkpoint {path} is of another model ({detail}); use its options, or another --out")
+    state = _read_state(path / FILES[2])
     load_weights(path / FILES[0], model)
-    tensors = load_file(path / FILES[1], device=str(next(model.parameters()).device))
+    try:
+        tensors = load_file(path / FILES[1])
+    except SafetensorError as error:
+        raise ValueError(f"{path / FILES[1]} is no safetensors file: {error}; take another checkpoint") from error
     for name, parameter in _trained(model, optimizer):
-        optimizer.state[parameter] = {key: tensors[f"{key}.{name}"] for key in ("step", "exp_avg", "exp_avg_sq")}
-    return json.loads((path / FILES[2]).read_text(encoding="utf-8"))
+        for key in OPTIMIZER_KEYS & {each.partition(".")[0] for each in tensors}:
+            value = _fitting(tensors, f"{key}.{name}", () if key == "step" else parameter.shape, path)
+            optimizer.state[parameter][key] = value.to(parameter.device) if key == "step" else _like(value, parameter)
+    for name, value in guard.state.items():
+        value.copy_(_fitting(tensors, f"guard.{name}", (), path))
+    for group, steps in zip(optimizer.param_groups, state["group_steps"], strict=True):
+        if steps is not None:
+            group["step"] = steps
+    return state
+
+
+def _read_state(path: Path) -> dict[str, Any]:
+    """state.json, of the shape that `write` gives it. Raises ValueError for anything else."""
+    try:
+        state = json.loads(path.read_text(encoding="utf-8"))
+        steps, loader = state["group_steps"], state["loader"]
+        good = isinstance(steps, list) and len(steps) == 2 and all(n is None or isinstance(n, int) for n in steps)
+        numbers = [state["step"], loader["epoch"], loader["step"]]
+        if (
+            not good
+            or not all(type(n) is int and n >= 0 for n in numbers)
+            or not isinstance(loader["fingerprint"], dict)
+        ):
+            raise ValueError("a value of another type than was written")
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(f"{path} is no state of a run ({error}); take another checkpoint") from error
+    return state
+
+
+def _fitting(tensors: dict[str, Tensor], name: str, shape: tuple[int, ...], path: Path) -> Tensor:
+    """The fp32 tensor of that name and shape. Raises ValueError when there is none."""
+    value = tensors.get(name)
+    if value is None or value.shape != shape or value.dtype != torch.float32:
+        what = "missing" if value is None else f"{value.dtype} {tuple(value.shape)}"
+        raise ValueError(f"{path / FILES[1]}: {name} is {what}, not fp32 {tuple(shape)}; take another checkpoint")
+    return value
+
+
+def _like(full: Tensor, target: Tensor) -> Tensor:
+    """A whole tensor on the device of `target`, sharded as it is."""
+    if isinstance(target, DTensor):
+        return distribute_tensor(full.to(target.device), target.device_mesh, target.placements)
+    return full.to(target.device)
 
 
 def load_model(path: str | Path) -> tuple[MaskedAutoencoder, Path]:
@@ -209,7 +305,9 @@ def load_weights(path: Path, model: nn.Module) -> None:
     if wrong:
         more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
         raise ValueError(f"{path} does not fit the model: {'; '.join(wrong[:5])}{more}")
-    model.load_state_dict(tensors)
+    with torch.no_grad():
+        for name, target in wanted.items():  # a state dict's tensors are the model's own
+            target.copy_(_like(tensors[name], target))
 
 
 def _trained(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[tuple[str, nn.Parameter]]:
@@ -225,8 +323,8 @@ def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> di
     }
 
 
-def _contiguous(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+def _sums(folder: Path) -> str:
+    return "".join(f"{_sha256(folder / name)}  {name}\n" for name in FILES)
 
 
 def _sha256(path: Path) -> str:

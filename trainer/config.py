@@ -95,6 +95,8 @@ class ModelConfig:
 class OptimConfig:
     """AdamW and its schedule (He et al. 2021, Table 8)."""
 
+    kind: Literal["adamw", "apex-adam", "apex-lamb"] = "adamw"
+    """torch's fused AdamW, or NVIDIA apex's FusedAdam or FusedLAMB (built from source: docs/scale.md)"""
     blr: float = 1.5e-4
     """base learning rate: lr = blr * global batch / 256"""
     min_lr: float = 0.0
@@ -127,29 +129,68 @@ class TrainConfig:
     """length of the run; the schedule ends here"""
     total_steps: int | None = None
     """length of the run in updates, instead of total_epochs"""
-    precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """matrix products in bf16 with fp32 weights, or all in fp32; auto: bf16 where the hardware has it"""
+    total_images: int | None = None
+    """length of the run in images, instead of total_epochs"""
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    """matrix products in bf16 or fp16 with fp32 weights, or all in fp32; auto: bf16 where the hardware has it"""
+    fp8: bool = False
+    """linear layers in fp8 through torchao (GPUs from Hopper on; worth trying for L and H)"""
     compile: bool = False
     """compile the model with torch.compile (minutes at the start, faster steps)"""
+    compile_mode: Literal["default", "max-autotune-no-cudagraphs"] = "default"
+    """how long torch.compile searches for the fastest kernels"""
+    cuda_graph: bool = False
+    """capture the whole update as one CUDA graph (one GPU; for steps so short that launching them takes the time)"""
     deterministic: bool = False
     """bit-identical runs on a GPU too (slower there; a CPU run always is)"""
+    parallel: Literal["ddp", "fsdp", "hsdp"] = "ddp"
+    """several ranks: whole model on each, sharded over all, or sharded within a node and repeated over nodes"""
+    activation_checkpointing: bool = False
+    """compute the blocks' activations again in the backward pass: less memory, a third more work"""
+    max_skipped_steps: int = 20
+    """updates left out in a row (loss or gradient not finite, or a spike) after which the run stops"""
+    spike_factor: float | None = None
+    """leave out an update whose loss is this many times the usual one; unset: never"""
     log_every_steps: int = 10
     """how often measured values leave the device"""
     save_every_steps: int = 1000
     """how often a checkpoint is written"""
     keep_last: int = 3
     """checkpoints that stay on disk"""
+    keep_every_steps: int | None = None
+    """checkpoints of these steps stay for good; unset: only keep_last"""
+    async_save: bool = False
+    """write checkpoints in a thread while training goes on (needs a copy of the state in main memory)"""
+    rank_timeout_seconds: float = 600.0
+    """how long the ranks wait for one of them before the run ends and names it"""
+    picture_every_epochs: float | None = None
+    """how often a grid of reconstructions is drawn into pictures/; unset: never"""
     tensorboard: bool = True
     """write TensorBoard events beside metrics.jsonl"""
+    wandb: str | None = None
+    """name of a Weights & Biases project to write to; unset: none"""
 
     def __post_init__(self) -> None:
-        for name in ("global_batch", "accum_steps", "log_every_steps", "save_every_steps", "keep_last"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"train.{name} is {getattr(self, name)}; it must be at least 1")
-        if self.total_steps is not None and self.total_steps < 1:
-            raise ValueError(f"train.total_steps is {self.total_steps}; it must be at least 1")
-        if self.total_epochs <= 0:
-            raise ValueError(f"train.total_epochs is {self.total_epochs}; it must be positive")
+        for name in ("global_batch", "accum_steps", "max_skipped_steps", "log_every_steps", "save_every_steps"):
+            _at_least_one(f"train.{name}", getattr(self, name))
+        for name in ("keep_last", "keep_every_steps", "total_steps", "total_images"):
+            _at_least_one(f"train.{name}", getattr(self, name))
+        for name in ("total_epochs", "rank_timeout_seconds", "picture_every_epochs"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ValueError(f"train.{name} is {value}; it must be positive")
+        if self.total_steps and self.total_images:
+            raise ValueError("train.total_steps and train.total_images both say how long to train; leave one out")
+        if self.spike_factor is not None and self.spike_factor <= 1:
+            raise ValueError(f"train.spike_factor is {self.spike_factor}; it must be more than 1 (2 is a good start)")
+        if self.cuda_graph and self.parallel != "ddp":
+            raise ValueError(f"train.cuda_graph cannot capture train.parallel {self.parallel}; leave one out")
+
+    def steps(self, steps_per_epoch: int) -> int:
+        """Updates of the whole run."""
+        if self.total_images is not None:
+            return max(1, round(self.total_images / self.global_batch))
+        return self.total_steps or max(1, round(self.total_epochs * steps_per_epoch))
 
 
 @dataclass(frozen=True)
@@ -161,7 +202,7 @@ class PretrainConfig:
     """
 
     out: str = ""
-    """folder of the run: config.toml, metrics.jsonl, checkpoints/, loss.png"""
+    """folder of the run: config.toml, metrics.jsonl, checkpoints/, status.json, loss.png"""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     mask: MaskConfig = field(default_factory=MaskConfig)
@@ -177,6 +218,11 @@ class PretrainConfig:
     def __post_init__(self) -> None:
         if not 0 <= self.seed < 2**64:
             raise ValueError(f"seed is {self.seed}; it must fit 64 bits without a sign")
+
+
+def _at_least_one(name: str, value: int | None) -> None:
+    if value is not None and value < 1:
+        raise ValueError(f"{name} is {value}; it must be at least 1")
 
 
 def _nearest(size: int, patch: int) -> int:

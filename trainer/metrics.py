@@ -3,19 +3,33 @@
 Values stay on the device until a log step; then one copy brings them over, and every step gets its line.
 """
 
+import hashlib
 import json
 import math
+import resource
 import time
 from pathlib import Path
+from typing import Any, NamedTuple, TextIO
 
 import torch
+from torch import Tensor, nn
 
 from patchmill.trainer.config import ModelConfig
-from patchmill.trainer.step import StepValues
+from patchmill.trainer.step import StepValues, whole
 from patchmill.trainer.world import World
 
 PEAK_BF16_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "B200": 2250e12}
 """dense bf16 peak per second by a part of the device's name (data sheets)"""
+
+
+class _Pending(NamedTuple):
+    """An update whose values still lie on the device."""
+
+    step: int
+    epoch: float
+    lr: float
+    values: StepValues
+    sample_ids_B: Tensor
 
 
 def train_flops_per_image(config: ModelConfig, mask_ratio: float) -> float:
@@ -40,87 +54,138 @@ def train_flops_per_image(config: ModelConfig, mask_ratio: float) -> float:
 
 
 class Metrics:
-    """Collects a run's step values and writes them every `log_every_steps`.
+    """Collects a run's step values and writes them every `log_every_steps`. All ranks hold one; the first writes.
 
-    `latest` is the newest written line, for the progress bar: step, epoch, loss, lr, grad_norm, images_per_s,
-    data_wait (share of wall time spent waiting for the loader), and mfu where the device's peak is known.
+    `latest` is the newest written line, for the progress bar: step, epoch, loss, lr, grad_norm, skipped, images_per_s,
+    data_wait (share of wall time spent waiting for the loader), memory_gb, and mfu where the device's peak is known.
     """
 
     def __init__(
-        self, run: Path, world: World, *, global_batch: int, flops_per_image: float, tensorboard: bool
+        self,
+        run: Path,
+        world: World,
+        *,
+        global_batch: int,
+        flops_per_image: float,
+        tensorboard: bool,
+        wandb: str | None,
     ) -> None:
-        self.world = world
+        self.run, self.world = run, world
         self.global_batch = global_batch
         self.flops_per_image = flops_per_image
         self.latest: dict[str, float] = {}
         self.skipped_in_a_row = 0
         self.skipped = 0
-        self._pending: list[tuple[int, float, float, StepValues]] = []
+        self._pending: list[_Pending] = []
         self._clock, self._waited = time.perf_counter(), 0.0
         self._peak = _device_peak(world)
-        self._writer = self._file = None
+        self._file: TextIO | None = None
+        self._tensorboard: Any = None
+        self._wandb: Any = None
         if world.is_first:
-            self._file = open(run / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
             if tensorboard:
                 from torch.utils.tensorboard import SummaryWriter
 
-                self._writer = SummaryWriter(str(run / "tensorboard"))
+                self._tensorboard = SummaryWriter(str(run / "tensorboard"))
+            if wandb is not None:
+                self._wandb = _open_wandb(run, wandb)
+            self._file = open(run / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
 
     def start(self, wait_seconds: float) -> None:
         """Starts the clock: what came before (loading, compiling) is not counted."""
         self._clock, self._waited = time.perf_counter(), wait_seconds
 
-    def add(self, step: int, epoch: float, lr: float, values: StepValues) -> None:
+    def add(self, step: int, epoch: float, lr: float, values: StepValues, sample_ids_B: Tensor) -> None:
         """Keeps an update's values, still on the device; `step` counts updates done, from 1."""
-        self._pending.append((step, epoch, lr, values))
+        self._pending.append(_Pending(step, epoch, lr, values, sample_ids_B))
 
-    def flush(self, wait_seconds: float) -> None:
-        """Brings the pending values over (one copy, averaged over ranks) and writes a line for each step.
+    def flush(self, wait_seconds: float, **watched: Tensor) -> None:
+        """Brings the pending values over (one copy) and writes a line for each step.
 
         Args:
             wait_seconds: the loader's running total of time that the trainer waited for it.
+            watched: more values as of now; they stand in every line that is written.
         """
         if not self._pending:
             return
-        stacked = torch.stack([torch.stack(values) for *_, values in self._pending])
-        rows = self.world.mean(stacked).tolist()
+        rows = torch.stack([torch.stack(each.values) for each in self._pending]).tolist()
         now = time.perf_counter()
         rate = len(rows) * self.global_batch / (now - self._clock)
         wait = min((wait_seconds - self._waited) / (now - self._clock), 1.0)
-        for (step, epoch, lr, _), (loss, grad_norm, skipped) in zip(self._pending, rows, strict=True):
+        now_values = {
+            "images_per_s": round(rate, 2),
+            "data_wait": round(wait, 5),
+            "memory_gb": _peak_memory_gb(self.world),
+        }
+        if self._peak:
+            now_values["mfu"] = round(rate / self.world.size * self.flops_per_image / self._peak, 5)
+        now_values |= {name: value.item() for name, value in watched.items()}
+        for each, (loss, grad_norm, skipped, own_loss) in zip(self._pending, rows, strict=True):
             self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
-            self.skipped += bool(skipped)
-            line = {"step": step, "epoch": round(epoch, 6), "loss": loss, "lr": lr, "grad_norm": grad_norm}
-            line |= {"images_per_s": round(rate, 2), "data_wait": round(wait, 5)}
-            if self._peak:
-                line["mfu"] = round(rate / self.world.size * self.flops_per_image / self._peak, 5)
-            self._write(line)
+            line = {
+                "step": each.step,
+                "epoch": round(each.epoch, 6),
+                "loss": loss,
+                "lr": each.lr,
+                "grad_norm": grad_norm,
+            }
+            if skipped:
+                self.skipped += 1
+                self._name_samples(line, own_loss, each.sample_ids_B)
+            self._write(line | {"skipped": int(skipped)} | now_values)
+        if self._file is not None:
+            self._file.flush()
         self._pending.clear()
         self._clock, self._waited = now, wait_seconds
 
     def close(self) -> None:
         """Closes the files."""
-        for sink in (self._file, self._writer):
+        for sink in (self._file, self._tensorboard):
             if sink is not None:
                 sink.close()
+        if self._wandb is not None:
+            self._wandb.finish()
 
     def _write(self, line: dict[str, float]) -> None:
         self.latest = line
         if self._file is not None:
-            # JSON has no NaN: a value that is not finite is written as null
-            clean = {k: v if math.isfinite(v) else None for k, v in line.items()}
-            self._file.write(json.dumps(clean) + "\n")
-            self._file.flush()
-        if self._writer is not None:
-            for name, value in line.items():
-                if name != "step":
-                    self._writer.add_scalar(name, value, line["step"])
+            self._file.write(json.dumps(_finite(line)) + "\n")
+        values = {name: value for name, value in line.items() if name != "step"}
+        if self._tensorboard is not None:
+            for name, value in values.items():
+                self._tensorboard.add_scalar(name, value, line["step"])
+        if self._wandb is not None:
+            self._wandb.log(values, step=line["step"])
+
+    def _name_samples(self, line: dict[str, float], own_loss: float, sample_ids_B: Tensor) -> None:
+        """Notes an update that was left out in skipped.jsonl: the samples of the ranks whose own loss is not finite, or
+        of all ranks when each is (a spike, or an overflow in the gradient). A collective call."""
+        finite = self.world.gather(torch.tensor(math.isfinite(own_loss)))
+        every_B = self.world.gather(sample_ids_B)
+        guilty = [rank for rank, good in enumerate(finite) if not good] or list(range(self.world.size))
+        if self.world.is_first:
+            samples = [sample for rank in guilty for sample in every_B[rank].tolist()]
+            with open(self.run / "skipped.jsonl", "a", encoding="utf-8") as file:
+                file.write(json.dumps(_finite(line) | {"ranks": guilty, "samples": samples}) + "\n")
 
 
-def read_metrics(run: Path) -> list[dict]:
-    """The lines of a run's metrics.jsonl, oldest first; a line cut by a kill is left out."""
+def mask_token_norm(model: nn.Module) -> dict[str, Tensor]:
+    """The norm of a model's mask token (its growth tells of a decoder that cheats); empty for a model without one."""
+    token = dict(model.named_parameters()).get("mask_token")
+    if token is None:
+        return {}
+    return {"mask_token_norm": whole(token.detach().norm())}
+
+
+def read_metrics(run: Path) -> list[dict[str, Any]]:
+    """The lines of a run's metrics.jsonl, oldest first."""
+    return read_lines(run / "metrics.jsonl")
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a .jsonl file; a line cut by a kill is left out."""
     lines = []
-    for text in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
+    for text in path.read_text(encoding="utf-8").splitlines():
         try:
             lines.append(json.loads(text))
         except json.JSONDecodeError:
@@ -128,14 +193,26 @@ def read_metrics(run: Path) -> list[dict]:
     return lines
 
 
-def rewind_metrics(run: Path, step: int) -> None:
-    """Drops the lines past `step`: a run that resumes there writes them again."""
-    if not (run / "metrics.jsonl").exists():
-        return
-    kept = [json.dumps(line) + "\n" for line in read_metrics(run) if line["step"] <= step]
-    beside = run / ".metrics.jsonl.tmp"
-    beside.write_text("".join(kept), encoding="utf-8")
-    beside.rename(run / "metrics.jsonl")
+def _finite(line: dict[str, float]) -> dict[str, Any]:
+    """JSON has no NaN: a value that is not finite is written as null."""
+    return {name: value if math.isfinite(value) else None for name, value in line.items()}
+
+
+def _open_wandb(run: Path, project: str) -> Any:
+    try:
+        import wandb
+    except ImportError as error:
+        raise ValueError("train.wandb needs Weights & Biases: pip install wandb, or leave it out") from error
+    # the run's folder is its identity: a resumed run goes on in the same place
+    identity = hashlib.sha256(str(run.resolve()).encode()).hexdigest()[:16]
+    return wandb.init(project=project, name=run.name, id=identity, resume="allow", dir=str(run))
+
+
+def _peak_memory_gb(world: World) -> float:
+    """Most memory held so far, in GiB: of the device, or of the process where the device is the CPU."""
+    if world.device.type == "cuda":
+        return round(torch.cuda.max_memory_allocated(world.device) / 2**30, 3)
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 3)
 
 
 def _device_peak(world: World) -> float | None:

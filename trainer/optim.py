@@ -4,7 +4,10 @@ Source: the published `optim_factory.param_groups_weight_decay`, `lr_sched.adjus
 (He et al. 2021, Tables 8 and 9).
 """
 
+import importlib
+import importlib.util
 import math
+from types import ModuleType
 
 import torch
 from torch import nn
@@ -26,10 +29,42 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     ]
 
 
-def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
-    """AdamW over the model's trainable parameters, in its fused form."""
+def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
+    """The optimizer over the model's trainable parameters: torch's AdamW in its fused form, or one of NVIDIA apex.
+
+    Raises:
+        ValueError: apex asked for and not there.
+    """
     groups = parameter_groups(model, config.weight_decay)
-    return torch.optim.AdamW(groups, lr=config.blr, betas=config.betas, fused=True)
+    if config.kind == "adamw":
+        return torch.optim.AdamW(groups, lr=config.blr, betas=config.betas, fused=True)
+    apex = find_apex()
+    if config.kind == "apex-adam":
+        return apex.FusedAdam(groups, lr=config.blr, betas=config.betas, adam_w_mode=True)
+    # LAMB's own clipping is off: clipping is optim.clip_grad's business
+    return apex.FusedLAMB(groups, lr=config.blr, betas=config.betas, adam_w_mode=True, max_grad_norm=0.0)
+
+
+def find_apex() -> ModuleType:
+    """NVIDIA's `apex.optimizers`, if it is really there with its CUDA code.
+
+    Raises:
+        ValueError: it is not, or another project of that name is.
+    """
+    remedy = "build NVIDIA apex from source (docs/scale.md) or leave optim.kind at adamw, which is as fast"
+    if importlib.util.find_spec("apex") is None:
+        raise ValueError(f"optim.kind needs NVIDIA apex, which is not installed; {remedy}")
+    try:
+        optimizers = importlib.import_module("apex.optimizers")
+        importlib.import_module("amp_C")
+    except ImportError as error:
+        if error.name == "amp_C":
+            raise ValueError(f"NVIDIA apex was installed without its CUDA code (amp_C is missing); {remedy}") from error
+        raise ValueError(
+            "the installed package `apex` is not NVIDIA's (PyPI's apex is an unrelated project): "
+            f"pip uninstall apex, then {remedy}"
+        ) from error
+    return optimizers
 
 
 def learning_rate(

@@ -1,37 +1,35 @@
-"""config -> [pretrain] -> a run folder: the loop that joins loader, model, optimizer and checkpoints.
-
-    runs/first/
-      config.toml  metrics.jsonl  tensorboard/  loss.png  quarantine.jsonl (when an image was bad)
-      checkpoints/step-XXXXXXXX/
+"""config -> [pretrain] -> a run folder (run_folder.py): the loop that joins loader, model, optimizer and checkpoints.
 
 The trajectory is a function of the config alone: weights come from the seed, batches from (seed, epoch, step), and a
-resumed run continues bit for bit on the same kind of device.
+resumed run continues bit for bit on the same kind of device with the same number of ranks.
 """
 
 import dataclasses
-import signal
-import threading
-import types
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import functools
+import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import torch
-from torch import nn
 
+from patchmill.pipeline.batch import Batch
 from patchmill.pipeline.loader import Loader, build_loader
 from patchmill.trainer import checkpoint
 from patchmill.trainer.config import PretrainConfig
-from patchmill.trainer.config_file import to_toml
+from patchmill.trainer.cuda_graph import GraphedUpdate
 from patchmill.trainer.mae import MaskedAutoencoder
-from patchmill.trainer.metrics import Metrics, rewind_metrics, train_flops_per_image
+from patchmill.trainer.metrics import Metrics, mask_token_norm, train_flops_per_image
 from patchmill.trainer.optim import build_optimizer, learning_rate
-from patchmill.trainer.step import update
-from patchmill.trainer.world import World, autocast_dtype, distribute, join_world, leave_world
+from patchmill.trainer.parallel import distribute
+from patchmill.trainer.pictures import reconstruct, write_grid
+from patchmill.trainer.run_folder import open_run, write_status
+from patchmill.trainer.saver import Saver
+from patchmill.trainer.signals import stop_on_signals
+from patchmill.trainer.step import Guard, StepValues, set_learning_rate, update
+from patchmill.trainer.world import StopVote, World, autocast_dtype, joined_world
 
-MAX_SKIPPED_IN_A_ROW = 20
-"""updates with a non-finite gradient in a row after which a run gives up"""
+PICTURE_IMAGES = 8
 
 
 class Progress(NamedTuple):
@@ -58,83 +56,51 @@ class Summary(NamedTuple):
     latest: dict[str, float]
 
 
+class Trainee(NamedTuple):
+    """What is trained, and all of its state but the loader's."""
+
+    model: MaskedAutoencoder
+    optimizer: torch.optim.Optimizer
+    guard: Guard
+    update: Callable[[Batch], StepValues]
+
+
 def pretrain(config: PretrainConfig, on_progress: Callable[[Progress], None] = lambda progress: None) -> Summary:
     """Pretrains as the config says and returns how it ended.
 
-    SIGINT and SIGTERM finish the current update, write a checkpoint and end the run in order.
+    SIGINT, SIGTERM and SIGUSR1 finish the current update, write a checkpoint and end the run in order.
 
     Raises:
         ValueError: an option that cannot work, with its remedy.
-        OSError: data or run folder cannot be read or written.
-        FloatingPointError: the gradient stayed non-finite.
+        OSError: data or run folder cannot be read or written; a rank died or hangs (ConnectionError).
+        FloatingPointError: loss or gradient stayed unusable.
     """
-    world = join_world(config.device)
-    try:
-        with _stop_on_signals() as stop:
-            return _run(config, world, stop, on_progress)
-    finally:
-        leave_world()
-
-
-def _run(config: PretrainConfig, world: World, stop: list[str], on_progress: Callable[[Progress], None]) -> Summary:
-    train, run = config.train, Path(config.out)
-    torch.use_deterministic_algorithms(train.deterministic)
-    with _open_loader(config, world) as loader:
-        total_steps = train.total_steps or max(1, round(train.total_epochs * loader.steps_per_epoch))
-        torch.manual_seed(config.seed)
-        model = MaskedAutoencoder(config.model).to(world.device)
-        optimizer = build_optimizer(model, config.optim)
-        start, resumed_from, damaged = _resume(config, model, optimizer, loader)
-        world.barrier()
+    with (
+        stop_on_signals() as stop,
+        joined_world(config.device, config.train.rank_timeout_seconds) as world,
+        _open_loader(config, world) as loader,
+    ):
+        trainee = _build(config, world)
+        start, resumed_from, damaged = _resume(config, world, trainee, loader)
+        total_steps, run = config.train.steps(loader.steps_per_epoch), Path(config.out)
+        if start > total_steps:
+            raise ValueError(f"{resumed_from} is past the end of this run ({total_steps} steps); give it more steps")
         if world.is_first:
-            _open_run(run, config, start)
-        forward = distribute(_compiled(model) if train.compile else model, world)
-        autocast = autocast_dtype(train.precision, world.device)
-        flops = train_flops_per_image(config.model, config.mask.ratio)
-        metrics = Metrics(
-            run, world, global_batch=train.global_batch, flops_per_image=flops, tensorboard=train.tensorboard
-        )
-
-        def save(step: int) -> None:
-            if world.is_first:
-                checkpoint.save(run, step, model, optimizer, {"loader": loader.state_dict()})
-                checkpoint.prune(run, train.keep_last)
-            world.barrier()
-
-        step, batches = start, iter(loader)
-        metrics.start(loader.wait_seconds)
+            open_run(run, config, start)
+            write_status(run, "running", start, total_steps)
+        world.barrier()
+        metrics = _metrics(config, world)
         try:
-            while step < total_steps:
-                lr = learning_rate(
-                    config.optim,
-                    step,
-                    global_batch=train.global_batch,
-                    steps_per_epoch=loader.steps_per_epoch,
-                    total_epochs=total_steps / loader.steps_per_epoch,
-                )
-                values = update(
-                    forward,
-                    optimizer,
-                    next(batches),
-                    lr=lr,
-                    accum_steps=train.accum_steps,
-                    autocast=autocast,
-                    clip_grad=config.optim.clip_grad,
-                )
-                step += 1
-                metrics.add(step, step / loader.steps_per_epoch, lr, values)
-                ending = step == total_steps or world.any(bool(stop))
-                if ending or step % train.log_every_steps == 0:
-                    metrics.flush(loader.wait_seconds)
-                    _check_finite(metrics, step)
-                on_progress(Progress(step, total_steps, metrics.latest))
-                if ending or step % train.save_every_steps == 0:
-                    save(step)
-                if ending:
-                    break
+            step = _train(config, world, trainee, loader, metrics, start, total_steps, stop, on_progress)
+        except (OSError, ValueError, ArithmeticError, RuntimeError) as error:
+            if world.is_first:
+                write_status(run, "failed", start, total_steps, str(error))
+            raise
         finally:
             metrics.close()
         interrupted = (stop[0] if stop else "a signal to another rank") if step < total_steps else None
+        if world.is_first:
+            write_status(run, "stopped" if interrupted else "finished", step, total_steps, interrupted)
         return Summary(
             run,
             step,
@@ -146,6 +112,50 @@ def _run(config: PretrainConfig, world: World, stop: list[str], on_progress: Cal
             metrics.skipped,
             metrics.latest,
         )
+
+
+def _train(
+    config: PretrainConfig,
+    world: World,
+    trainee: Trainee,
+    loader: Loader,
+    metrics: Metrics,
+    start: int,
+    total_steps: int,
+    stop: list[str],
+    on_progress: Callable[[Progress], None],
+) -> int:
+    """The loop. Returns updates done: total_steps, or less when a signal came."""
+    train, model = config.train, trainee.model
+    saver, vote = Saver(Path(config.out), train, world), StopVote(world)
+    per_epoch = loader.steps_per_epoch
+    rate = functools.partial(
+        learning_rate,
+        config.optim,
+        global_batch=train.global_batch,
+        steps_per_epoch=per_epoch,
+        total_epochs=total_steps / per_epoch,
+    )
+    metrics.start(loader.wait_seconds)
+    step, ending = start, start == total_steps
+    while not ending:
+        batch = next(loader)
+        set_learning_rate(trainee.optimizer, rate(step))
+        values = trainee.update(batch)
+        metrics.add(step + 1, (step + 1) / per_epoch, rate(step), values, batch.sample_ids)
+        step += 1
+        ending = step == total_steps or vote.cast(bool(stop))
+        if ending or step % train.log_every_steps == 0:
+            metrics.flush(loader.wait_seconds, **mask_token_norm(model))
+            _check_skipped(metrics, train.max_skipped_steps)
+        if ending or step % train.save_every_steps == 0:
+            saver.save(step, model, trainee.optimizer, trainee.guard, {"loader": loader.state_dict()})
+        if train.picture_every_epochs and _crosses(step, train.picture_every_epochs * per_epoch):
+            _draw(Path(config.out) / "pictures" / f"step-{step:08d}.png", model, batch, world)
+        on_progress(Progress(step, total_steps, metrics.latest))
+    vote.close()
+    saver.finish()
+    return step
 
 
 def _open_loader(config: PretrainConfig, world: World) -> Loader:
@@ -170,23 +180,68 @@ def _open_loader(config: PretrainConfig, world: World) -> Loader:
     )
 
 
+def _build(config: PretrainConfig, world: World) -> Trainee:
+    train = config.train
+    if train.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
+    torch.use_deterministic_algorithms(train.deterministic)
+    torch.manual_seed(config.seed)
+    model = MaskedAutoencoder(config.model).to(world.device)
+    forward = distribute(model, train, world)
+    optimizer = build_optimizer(model, config.optim)
+    autocast = autocast_dtype(train.precision, world.device)
+    guard = Guard(world.device, fp16=autocast == torch.float16, spike_factor=train.spike_factor)
+    step: Callable[[Batch], StepValues] = functools.partial(
+        update,
+        forward,
+        optimizer,
+        world=world,
+        guard=guard,
+        accum_steps=train.accum_steps,
+        autocast=autocast,
+        clip_grad=config.optim.clip_grad,
+    )
+    if train.cuda_graph:
+        if world.size > 1 or world.device.type != "cuda" or not isinstance(optimizer, torch.optim.AdamW):
+            raise ValueError("train.cuda_graph needs one GPU and optim.kind adamw; leave it out")
+        step = GraphedUpdate(step, optimizer)
+    return Trainee(model, optimizer, guard, step)
+
+
+def _metrics(config: PretrainConfig, world: World) -> Metrics:
+    return Metrics(
+        Path(config.out),
+        world,
+        global_batch=config.train.global_batch,
+        flops_per_image=train_flops_per_image(config.model, config.mask.ratio),
+        tensorboard=config.train.tensorboard,
+        wandb=config.train.wandb,
+    )
+
+
 def _resume(
-    config: PretrainConfig, model: MaskedAutoencoder, optimizer: torch.optim.Optimizer, loader: Loader
+    config: PretrainConfig, world: World, trainee: Trainee, loader: Loader
 ) -> tuple[int, Path | None, list[checkpoint.Damage]]:
-    """Puts model, optimizer and loader where `config.resume` says; returns updates done, whence, what was damaged."""
+    """Puts everything where `config.resume` says; returns updates done, whence, and what was damaged.
+
+    The first rank looks for the newest valid checkpoint and all take that one.
+    """
     run = Path(config.out)
     damaged: list[checkpoint.Damage] = []
+    path: Path | None = None
     if config.resume == "never":
         if checkpoint.all_checkpoints(run):
             raise ValueError(f"{run} already holds a run; choose another --out, or --resume auto to continue it")
-        return 0, None, damaged
-    if config.resume == "auto":
-        path, damaged = checkpoint.newest_valid(run)
-        if path is None and damaged:
-            raise ValueError(
-                f"no checkpoint of {run} can be used ({damaged[0].path.name}: {damaged[0].reason}); "
-                "choose another --out to start anew"
-            )
+    elif config.resume == "auto":
+        if world.is_first:
+            path, damaged = checkpoint.newest_valid(run)
+            if path is None and damaged:
+                raise ValueError(
+                    f"no checkpoint of {run} can be used ({damaged[0].path.name}: {damaged[0].reason}); "
+                    "choose another --out to start anew"
+                )
+        step = world.agree(-1 if path is None else checkpoint.step_of(path))
+        path = None if step < 0 else checkpoint.folder(run, step)
     else:
         path = Path(config.resume)
         reason = checkpoint.find_damage(path) if path.is_dir() else "no such folder"
@@ -194,47 +249,29 @@ def _resume(
             raise ValueError(f"cannot resume from {path}: {reason}; give a folder checkpoints/step-XXXXXXXX of a run")
     if path is None:
         return 0, None, damaged
-    state = checkpoint.restore(path, model, optimizer)
+    state = checkpoint.restore(path, trainee.model, trainee.optimizer, trainee.guard)
     loader.load_state_dict(state["loader"])
     return state["step"], path, damaged
 
 
-def _open_run(run: Path, config: PretrainConfig, start: int) -> None:
-    try:
-        run.mkdir(parents=True, exist_ok=True)
-        (run / "config.toml").write_text(to_toml(config), encoding="utf-8")
-        rewind_metrics(run, start)
-    except OSError as error:
-        raise OSError(f"cannot write run folder {run}: {error.strerror or error}; choose another --out") from error
-
-
-def _compiled(model: MaskedAutoencoder) -> nn.Module:
-    return cast(nn.Module, torch.compile(model, fullgraph=True))
-
-
-def _check_finite(metrics: Metrics, step: int) -> None:
-    if metrics.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
+def _check_skipped(metrics: Metrics, most: int) -> None:
+    if metrics.skipped_in_a_row >= most:
         raise FloatingPointError(
-            f"the gradient was not finite for {metrics.skipped_in_a_row} updates in a row up to step {step}; "
-            "resume with a lower --optim.blr, --optim.clip-grad 1.0 or --train.precision fp32"
+            f"{metrics.skipped_in_a_row} updates in a row up to step {metrics.latest['step']} were left out (loss or "
+            f"gradient not finite, or a spike); {metrics.run / 'skipped.jsonl'} names their samples. Resume from an "
+            "earlier checkpoint (--resume PATH) with a lower --optim.blr, --optim.clip-grad 1 or --train.precision fp32"
         )
 
 
-@contextmanager
-def _stop_on_signals() -> Iterator[list[str]]:
-    """A list that SIGINT or SIGTERM puts its name into; a second one takes the default way."""
-    names: list[str] = []
+def _crosses(step: int, interval: float) -> bool:
+    """Whether a multiple of `interval` lies in (step - 1, step]."""
+    return step // interval > (step - 1) // interval
 
-    def note(number: int, frame: types.FrameType | None) -> None:
-        names.append(signal.Signals(number).name)
-        for each, handler in before.items():
-            signal.signal(each, handler)
 
-    before = {}
-    if threading.current_thread() is threading.main_thread():
-        before = {each: signal.signal(each, note) for each in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield names
-    finally:
-        for each, handler in before.items():
-            signal.signal(each, handler)
+def _draw(path: Path, model: MaskedAutoencoder, batch: Batch, world: World) -> None:
+    """A grid of masked | reconstruction | original. Every rank must call it: sharded weights are gathered."""
+    plan = dataclasses.replace(batch.plan, **{name: ids[:PICTURE_IMAGES] for name, ids in vars(batch.plan).items()})
+    columns = reconstruct(model, batch.images[:PICTURE_IMAGES], plan)
+    if world.is_first:
+        path.parent.mkdir(exist_ok=True)
+        write_grid([*columns, batch.images[:PICTURE_IMAGES]], path)
