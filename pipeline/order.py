@@ -9,6 +9,8 @@ into the at most sqrt(N) superfluous places are encrypted again until they fall 
 keeps it a bijection. Eight rounds; every round is one counter of the `order` stream.
 """
 
+from functools import lru_cache
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -73,12 +75,11 @@ class WindowOrder:
         self.num_samples = int(self.shard_samples.sum())
         self.seed = seed
         self.window_shards = window_shards
-        self._epoch = -1
-        self._layout: tuple[Index, Index, Index] = (self.shard_first, self.shard_first, self.shard_first)
+        self._layout = lru_cache(maxsize=2)(self._lay_out)  # of this epoch and of the next
 
     def indices(self, epoch: int, positions: Index) -> Index:
         """Sample indices at `positions` (int64, each in [0, N)) of an epoch; int64, same shape."""
-        shards, slot_start, window_start = self._epoch_layout(epoch)
+        shards, slot_start, window_start = self._layout(epoch)
         window = np.searchsorted(window_start, positions, side="right") - 1
         begin, end = window_start[window], np.append(window_start, self.num_samples)[window + 1]
         place = begin + _permute(positions - begin, end - begin, self.seed, epoch, _WINDOW, window)
@@ -86,25 +87,25 @@ class WindowOrder:
         return self.shard_first[shards[slot]] + place - slot_start[slot]
 
     def shards_ahead(self, epoch: int, position: int) -> list[int]:
-        """Shards of the window that holds `position`, then those of the next window of the epoch."""
-        shards, _, window_start = self._epoch_layout(epoch)
+        """Shards of the window that holds `position`, then those of the next window, perhaps of the next epoch."""
+        shards, _, window_start = self._layout(epoch)
         first = (int(np.searchsorted(window_start, position, side="right")) - 1) * self.window_shards
-        return shards[first : first + 2 * self.window_shards].tolist()
+        ahead = shards[first : first + 2 * self.window_shards].tolist()
+        if first + self.window_shards >= len(shards):
+            ahead += self._layout(epoch + 1)[0][: self.window_shards].tolist()
+        return list(dict.fromkeys(ahead))
 
-    def _epoch_layout(self, epoch: int) -> tuple[Index, Index, Index]:
+    def _lay_out(self, epoch: int) -> tuple[Index, Index, Index]:
         """Shards in the epoch's order, the position where each begins, and the position where each window begins.
 
-        Empty shards have no positions; they go last, so that starts are strictly increasing and a search is unique.
+        Empty shards have no positions; they are left out, so that starts increase strictly and a search is unique.
         """
-        if epoch != self._epoch:
-            count = len(self.shard_samples)
-            shards = _permute(np.arange(count), np.full(count, count), self.seed, epoch, _SHARDS)
-            shards = shards[self.shard_samples[shards] > 0]
-            samples = self.shard_samples[shards]
-            slot_start = np.cumsum(samples) - samples
-            self._layout = (shards, slot_start, slot_start[:: self.window_shards])
-            self._epoch = epoch
-        return self._layout
+        count = len(self.shard_samples)
+        shards = _permute(np.arange(count), np.full(count, count), self.seed, epoch, _SHARDS)
+        shards = shards[self.shard_samples[shards] > 0]
+        samples = self.shard_samples[shards]
+        slot_start = np.cumsum(samples) - samples
+        return shards, slot_start, slot_start[:: self.window_shards]
 
 
 Order = EpochOrder | SequentialOrder | WindowOrder

@@ -15,15 +15,14 @@ from pathlib import Path
 from typing import BinaryIO
 
 from patchmill.pipeline.manifest import EXTENSIONS, ImageFormat
+from patchmill.pipeline.tar_stream import BLOCK as BLOCK
+from patchmill.pipeline.tar_stream import TarDamage as TarDamage
+from patchmill.pipeline.tar_stream import checked_header, header_name, padded, pax_fields
+from patchmill.pipeline.tar_stream import split_key as split_key
 
-BLOCK = 512
 END_OF_ARCHIVE = bytes(2 * BLOCK)
 FORMATS = {extension: format for format, extension in EXTENSIONS.items()}
 FORMATS |= {"jpeg": ImageFormat.JPEG, "tiff": ImageFormat.TIFF}  # in tars made by others
-
-
-class TarDamage(ValueError):
-    """A tar whose structure cannot be trusted; the message names the byte offset."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,11 +32,6 @@ class TarMember:
     name: str
     offset: int
     size: int
-
-
-def padded(size: int) -> int:
-    """Bytes that `size` bytes of content take in a tar."""
-    return -(-size // BLOCK) * BLOCK
 
 
 def tar_header(name: str, size: int) -> bytes:
@@ -123,15 +117,6 @@ def image_format(name: str) -> ImageFormat | None:
     return FORMATS.get(split[1].lower()) if split else None
 
 
-def split_key(name: str) -> tuple[str, str] | None:
-    """WebDataset's rule: `a/b.c.jpg` -> (`a/b`, `c.jpg`); None for names without an extension or a stem."""
-    folder, _, base = name.rpartition("/")
-    stem, dot, extension = base.partition(".")
-    if not dot or not stem or not extension:
-        return None
-    return (f"{folder}/{stem}" if folder else stem), extension
-
-
 def walk_tar(file: BinaryIO) -> Iterator[TarMember]:
     """Yields the regular files of an uncompressed tar in order, reading headers only.
 
@@ -147,7 +132,7 @@ def walk_tar(file: BinaryIO) -> Iterator[TarMember]:
             raise TarDamage(f"ends at byte {end} without an end mark: it was cut short")
         if not any(header):
             break
-        size, kind = _checked_header(header, offset)
+        size, kind = checked_header(header, offset)
         size = int(pax.get("size", size))
         data = offset + BLOCK
         if data + size > end:
@@ -157,10 +142,10 @@ def walk_tar(file: BinaryIO) -> Iterator[TarMember]:
             if kind == b"L":
                 long_name = content.rstrip(b"\0").decode("utf-8", "surrogateescape")
             elif kind == b"x":
-                pax = _pax_fields(content, offset)
+                pax = pax_fields(content, offset)
         else:
             if kind in (b"0", b"\0", b"7"):
-                yield TarMember(long_name or pax.get("path") or _header_name(header), data, size)
+                yield TarMember(long_name or pax.get("path") or header_name(header), data, size)
             long_name, pax = "", {}
         offset = data + padded(size)
     _require_only_zeros(file, offset, end)
@@ -173,43 +158,6 @@ def walk_tar_file(path: Path) -> list[TarMember]:
             return list(walk_tar(file))
         except TarDamage as damage:
             raise TarDamage(f"{path} {damage}") from None
-
-
-def _checked_header(header: bytes, offset: int) -> tuple[int, bytes]:
-    """(size, type flag) of a header whose checksum holds."""
-    try:
-        stored = int(header[148:156].strip(b"\0 ") or b"x", 8)
-        if header[124] & 0x80:  # GNU base-256 sizes, for members of 8 GiB and more
-            size = int.from_bytes(header[125:136], "big")
-        else:
-            size = int(header[124:136].strip(b"\0 ") or b"0", 8)
-    except ValueError:
-        raise TarDamage(f"has no tar header at byte {offset}: it is damaged there, or no tar") from None
-    if stored != sum(header) - sum(header[148:156]) + 8 * 32:
-        raise TarDamage(f"has a damaged header at byte {offset} (its checksum is wrong)")
-    return size, header[156:157]
-
-
-def _header_name(header: bytes) -> str:
-    name = header[:100].split(b"\0", 1)[0]
-    if header[257:263] == b"ustar\0":
-        prefix = header[345:500].split(b"\0", 1)[0]
-        name = prefix + b"/" + name if prefix else name
-    return name.decode("utf-8", "surrogateescape")
-
-
-def _pax_fields(content: bytes, offset: int) -> dict[str, str]:
-    """Records `length key=value\\n` of a PAX header."""
-    found = {}
-    try:
-        while content.strip(b"\0"):
-            length = int(content.split(b" ", 1)[0])
-            key, value = content[: length - 1].split(b" ", 1)[1].split(b"=", 1)
-            found[key.decode()] = value.decode("utf-8", "surrogateescape")
-            content = content[length:]
-    except (ValueError, IndexError):
-        raise TarDamage(f"has a damaged PAX header at byte {offset}") from None
-    return found
 
 
 def _require_only_zeros(file: BinaryIO, offset: int, end: int) -> None:

@@ -1,0 +1,80 @@
+"""data.path -> [urls] -> fsspec: what may be opened, what may be shown, and which errors are worth another try.
+
+fsspec comes with the extra `remote`. Only the schemes below are opened, and no link-local address: a list of shards
+that someone else wrote must neither run a shell nor ask a cloud machine's metadata service for its keys. Passwords and
+query strings, which hold signatures, never reach a message.
+"""
+
+import ipaddress
+import re
+import socket
+import sys
+from typing import Any
+from urllib.parse import urlsplit, urlunsplit
+
+SCHEMES = frozenset(["http", "https", "s3", "gs", "gcs", "az", "abfs", "hf", "memory", "file"])
+BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}")
+STALL_SECONDS = 60  # without a byte before a connection counts as dead; shards may take as long as they need
+
+
+def is_url(text: str) -> bool:
+    """Whether this names something by a scheme (`s3://...`, and also `pipe:...`)."""
+    return "://" in text or text.startswith("pipe:")
+
+
+def redact(url: str) -> str:
+    """The URL without user, password, query and fragment."""
+    if url.startswith("pipe:"):
+        return "pipe:..."
+    if not is_url(url):
+        return url
+    parts = urlsplit(url)
+    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
+
+
+def expand_braces(text: str) -> list[str]:
+    """`shard-{000..002}.tar` -> the three names; text without such braces as it is."""
+    found = BRACES.search(text)
+    if not found:
+        return [text]
+    first, last = found.groups()
+    numbers = [f"{number:0{len(first)}d}" for number in range(int(first), int(last) + 1)]
+    return [name for n in numbers for name in expand_braces(text[: found.start()] + n + text[found.end() :])]
+
+
+def open_filesystem(url: str) -> tuple[Any, str]:
+    """(fsspec file system, path in it) of a URL; ValueError for what is not opened or lacks its package."""
+    parts = urlsplit(url)
+    if parts.scheme not in SCHEMES:
+        raise ValueError(f"{parts.scheme}: URLs are not opened; there are: {', '.join(sorted(SCHEMES))}")
+    options: dict[str, Any] = {}
+    try:
+        import fsspec
+
+        if parts.scheme in ("http", "https"):
+            import aiohttp
+
+            _refuse_link_local(parts.hostname or "", url)
+            # the default ends every request after five minutes, however well it goes
+            options["client_kwargs"] = {"timeout": aiohttp.ClientTimeout(total=None, sock_read=STALL_SECONDS)}
+        return fsspec.core.url_to_fs(url, **options)
+    except ImportError as error:
+        raise ValueError(
+            f"{parts.scheme}: URLs need another package ({error}): pip install 'patchmill[remote]'"
+        ) from None
+
+
+def transient_errors() -> tuple[type[BaseException], ...]:
+    """What a network may throw for a moment, of the libraries that are loaded; OSError has the rest."""
+    names = {"aiohttp": "ClientError", "botocore.exceptions": "BotoCoreError", "requests": "RequestException"}
+    loaded = [getattr(sys.modules[module], name) for module, name in names.items() if module in sys.modules]
+    return (OSError, TimeoutError, EOFError, *loaded)
+
+
+def _refuse_link_local(host: str, url: str) -> None:
+    try:
+        found = {info[4][0] for info in socket.getaddrinfo(host, None)}
+    except OSError:
+        return  # no such name: opening it says so
+    if any(ipaddress.ip_address(str(address).split("%")[0]).is_link_local for address in found):
+        raise ValueError(f"{redact(url)} is a link-local address, where cloud machines keep their keys: not opened")
