@@ -226,7 +226,8 @@ def masked_loss(
         target = normalize_patches(target)
     error = torch.sub(pred_BMP, target, out=target)
     # Patch sums first, then their mean: long flat sums in float32 lose digits.
-    sums_BM = torch.linalg.vecdot(error, error) if power == 2 else error.abs().sum(-1)
+    with torch.autocast(error.device.type, enabled=False):  # it would make this product a bf16 one
+        sums_BM = torch.linalg.vecdot(error, error) if power == 2 else error.abs().sum(-1)
     loss = sums_BM.mean() / error.shape[-1]
     if not with_grad:
         return loss, pred_BMP.new_empty(0)

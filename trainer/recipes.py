@@ -5,6 +5,7 @@ The published recipes are He et al. 2021, Table 8 (pretraining) with the decoder
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 from patchmill.trainer.config import ModelConfig, OptimConfig, PretrainConfig, TrainConfig
 
@@ -59,15 +60,19 @@ def get_recipe(name: str) -> PretrainConfig:
     return RECIPES[name]()
 
 
-def with_options(config: PretrainConfig, **changes: object) -> PretrainConfig:
+def with_options(config: PretrainConfig, **changes: Any) -> PretrainConfig:
     """A config with `section__option` (or top-level `option`) changed, checked again.
 
     Example:
         with_options(mae_tiny(), train__total_steps=20, seed=3)
     """
+    top: dict[str, Any] = {}
+    sections: dict[str, dict[str, Any]] = {}
     for name, value in changes.items():
         section, _, option = name.partition("__")
         if option:
-            value = dataclasses.replace(getattr(config, section), **{option: value})
-        config = dataclasses.replace(config, **{section: value})  # type: ignore[arg-type]
-    return config
+            sections.setdefault(section, {})[option] = value
+        else:
+            top[name] = value
+    replaced = {section: dataclasses.replace(getattr(config, section), **these) for section, these in sections.items()}
+    return dataclasses.replace(config, **top, **replaced)

@@ -111,7 +111,8 @@ def update(
 
 def whole(tensor: Tensor) -> Tensor:
     """A sharded tensor (DTensor) gathered on every rank, a collective call; any other is whole already."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    gather = getattr(tensor, "full_tensor", None)
+    return gather() if gather else tensor
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
