@@ -71,7 +71,7 @@ def hf_config(config: ModelConfig, has_decoder: bool) -> dict[str, Any]:
     if c.grid_hw[0] != c.grid_hw[1]:
         raise ValueError(
             f"transformers' ViTMAE has square images only, the model {c.image_hw[0]} x {c.image_hw[1]}: "
-            "give --image-size N, or export to timm, which has any"
+            "give --to.image-size N, or export to timm, which has any"
         )
     return {
         "architectures": ["ViTMAEForPreTraining" if has_decoder else "ViTMAEModel"],

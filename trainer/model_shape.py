@@ -61,9 +61,7 @@ def infer_config(tensors: Tensors, said: dict[str, Any], hints: Hints, where: Pa
         fields["decoder_num_heads"] = DECODER_HEADS.get(shape["decoder_embed_dim"])
     for name in ("num_heads", "decoder_num_heads"):
         if name in fields and fields[name] is None:
-            raise ValueError(
-                f"{where} does not say how many heads its attention has: give --{name.replace('_', '-')} N"
-            )
+            raise ValueError(f"{where} does not say how many heads its attention has: give {_option(name)} N")
     if "image_size" not in fields:
         fields["image_size"] = _square(num_patches, shape["patch_size"], where)
     if shape["channels"] != 3 and not {"mean", "std"} <= fields.keys():

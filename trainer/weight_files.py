@@ -30,9 +30,11 @@ CONTAINERS = ("model", "state_dict")
 NOTE = "patchmill"
 """where our exports carry the model's config: a key of .pth files, a field of safetensors metadata"""
 
+# what torch's reader was seen to raise on damaged files, beside UnpicklingError (a cut zip: OSError)
 _BROKEN_PICKLE = (
     RuntimeError,
     EOFError,
+    OSError,
     LookupError,
     TypeError,
     ValueError,
@@ -93,17 +95,29 @@ def config_json(config: ModelConfig) -> str:
 
 def write_pth(tensors: Tensors, container: str, config: ModelConfig, path: Path) -> None:
     """torch.save of `{container: tensors}` as the published code has it, with the config as a string beside."""
-    # a view would be saved with the whole storage that it looks into
-    owned = {name: tensor.detach().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
-    torch.save({container: owned, NOTE: config_json(config)}, path)
+    torch.save({container: _owning(tensors), NOTE: config_json(config)}, path)
 
 
 def write_safetensors(tensors: Tensors, header: dict[str, str], path: Path) -> None:
     """Tensors under a header. Raises OSError when the file cannot be written."""
     try:
-        save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, path, metadata=header)
+        save_file(_owning(tensors), path, metadata=header)
     except SafetensorError as error:
         raise OSError(f"cannot write {path}: {error}; free space or choose another --out") from error
+
+
+def _owning(tensors: Tensors) -> Tensors:
+    """The tensors, those copied that are views: torch.save would write all that they look into, safetensors refuses."""
+    owning: Tensors = {}
+    seen = set()
+    for name, tensor in tensors.items():
+        tensor = tensor.detach().contiguous()
+        storage = tensor.untyped_storage()
+        if storage.nbytes() != tensor.nbytes or storage.data_ptr() in seen:
+            tensor = tensor.clone()
+        seen.add(tensor.untyped_storage().data_ptr())
+        owning[name] = tensor
+    return owning
 
 
 def _weights_file(path: Path) -> Path:
@@ -135,17 +149,14 @@ def _read_pickle(file: Path) -> tuple[Tensors, dict[str, Any], bool]:
             loaded = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         refused = re.search(r"(?:GLOBAL|class|function) ([\w.]+)", str(error))
-        what = f"more than tensors ({refused[1]})" if refused else "something that is no plain tensor file"
-        raise ValueError(
-            f"{file} holds {what}; nothing of it was run. Only tensors and plain values are read: ask its author for "
-            'safetensors, or for torch.save({"model": model.state_dict()}, path)'
-        ) from error
+        if refused:
+            raise ValueError(
+                f"{file} holds more than tensors ({refused[1]}); nothing of it was run. Only tensors and plain values "
+                'are read: ask its author for safetensors, or for torch.save({"model": model.state_dict()}, path)'
+            ) from error
+        raise ValueError(_damaged(file, error)) from error
     except _BROKEN_PICKLE as error:
-        first_line = str(error).strip().split("\n")[0]
-        raise ValueError(
-            f"{file} is cut short or damaged ({type(error).__name__}: {first_line}); nothing of it was run. "
-            "If it was downloaded or copied, fetch it again"
-        ) from error
+        raise ValueError(_damaged(file, error)) from error
     table = loaded if isinstance(loaded, dict) else {}
     inner = next((table[name] for name in CONTAINERS if isinstance(table.get(name), dict)), table)
     tensors = {name: value for name, value in inner.items() if isinstance(name, str) and isinstance(value, Tensor)}
@@ -157,6 +168,14 @@ def _read_pickle(file: Path) -> tuple[Tensors, dict[str, Any], bool]:
         return tensors, _fields(parse_model_config(note, file)), True
     args = vars(table["args"]) if isinstance(table.get("args"), argparse.Namespace) else {}
     return tensors, {"norm_pix_loss": args["norm_pix_loss"]} if type(args.get("norm_pix_loss")) is bool else {}, False
+
+
+def _damaged(file: Path, error: Exception) -> str:
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return (
+        f"{file} is cut short or damaged ({reason[:100]}); nothing of it was run. "
+        "If it was downloaded or copied, fetch it again"
+    )
 
 
 def _fields(config: ModelConfig) -> dict[str, Any]:
