@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from photos import make_dataset
 from safetensors.torch import load_file
 
 from patchmill.trainer import checkpoint
@@ -20,6 +19,7 @@ from patchmill.trainer.metrics import read_lines, read_metrics
 from patchmill.trainer.pretrain import pretrain
 from patchmill.trainer.recipes import get_recipe, with_options
 from patchmill.trainer.run_folder import read_status
+from photos import make_dataset
 
 ROOT = Path(__file__).parent.parent
 STEPS = 24

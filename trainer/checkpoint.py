@@ -22,7 +22,6 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from patchmill.trainer.config import ModelConfig
 from patchmill.trainer.mae import MaskedAutoencoder
@@ -220,11 +219,13 @@ def _fitting(tensors: dict[str, Tensor], name: str, shape: tuple[int, ...], path
     return value
 
 
-def _like(full: Tensor, target: Tensor) -> Tensor:
-    """A whole tensor on the device of `target`, sharded as it is."""
-    if isinstance(target, DTensor):
-        return distribute_tensor(full.to(target.device), target.device_mesh, target.placements)
-    return full.to(target.device)
+def _like(full: Tensor, target: Any) -> Tensor:
+    """A whole tensor on the device of `target` (a tensor), sharded as it is."""
+    if not hasattr(target, "full_tensor"):
+        return full.to(target.device)
+    from torch.distributed.tensor import distribute_tensor  # takes a second to import
+
+    return distribute_tensor(full.to(target.device), target.device_mesh, target.placements)
 
 
 def load_model(path: str | Path) -> tuple[MaskedAutoencoder, Path]:

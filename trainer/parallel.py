@@ -7,8 +7,6 @@ from typing import cast
 
 import torch
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
@@ -50,6 +48,9 @@ def blocks(model: nn.Module) -> list[Block]:
 
 def _shard(model: nn.Module, config: TrainConfig, world: World) -> None:
     """FSDP2 (ZeRO-3), block by block; with hsdp within each node, the nodes being replicas."""
+    from torch.distributed.device_mesh import init_device_mesh  # these take a second to import
+    from torch.distributed.fsdp import fully_shard
+
     kind = world.device.type
     if config.parallel == "fsdp":
         mesh = init_device_mesh(kind, (world.size,), mesh_dim_names=("shard",))

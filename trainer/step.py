@@ -4,7 +4,7 @@ The guard finds on the device whether loss and gradient are finite, averaged ove
 the fused optimizer then leaves weights and moments as they were. The host learns of it at the next log step.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -109,10 +109,9 @@ def update(
     return StepValues(loss, grad_norm, skipped, own_loss)
 
 
-def whole(tensor: Tensor) -> Tensor:
+def whole(tensor: Any) -> Tensor:
     """A sharded tensor (DTensor) gathered on every rank, a collective call; any other is whole already."""
-    gather = getattr(tensor, "full_tensor", None)
-    return gather() if gather else tensor
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
