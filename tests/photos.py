@@ -33,6 +33,7 @@ def photo_crop(rng: np.random.Generator, name: str, sides: tuple[int, int] = (96
 
 def jpeg(pixels: np.ndarray, quality: int = 90, subsampling: str = "420") -> bytes:
     """Encodes grey or RGB pixels as a baseline JPEG."""
+    pixels = np.ascontiguousarray(pixels)
     if pixels.ndim == 2:
         return simplejpeg.encode_jpeg(pixels[:, :, None], quality, "GRAY", "Gray")
     return simplejpeg.encode_jpeg(pixels, quality, "RGB", subsampling)
