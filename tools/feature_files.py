@@ -33,30 +33,27 @@ class SafetensorsRows:
             header[name] = {"dtype": _DTYPES[dtype], "shape": [num_rows, *shape], "data_offsets": [start, end]}
         text = json.dumps(header).encode()
         text += b" " * (-len(text) % 8)
-        with open(path, "wb") as file:
-            file.write(len(text).to_bytes(8, "little") + text)
-            file.truncate(8 + len(text) + end)
-        self._rows: Columns = {
-            name: np.memmap(
-                path,
-                dtype=dtype,
-                mode="r+",
-                offset=8 + len(text) + header[name]["data_offsets"][0],
-                shape=(num_rows, *shape),
-            )
-            for name, (shape, dtype) in columns.items()
-        }
+        # plain writes and no memory map: on a full disk the one raises OSError, the other kills the process
+        self._file = open(path, "wb")  # noqa: SIM115 (closed by close)
+        self._file.write(len(text).to_bytes(8, "little") + text)
+        self._columns = columns
+        self._starts = {name: 8 + len(text) + header[name]["data_offsets"][0] for name in columns}
 
     def write(self, sample_ids_B: NDArray[np.int64], columns: Columns) -> None:
         """Puts a batch into the rows of its samples."""
         for name, values in columns.items():
-            self._rows[name][sample_ids_B] = values
+            row_bytes = values[0].nbytes
+            for index, row in zip(sample_ids_B.tolist(), values, strict=True):
+                self._file.seek(self._starts[name] + index * row_bytes)
+                self._file.write(row.tobytes())
 
     def close(self, missing: NDArray[np.int64]) -> None:
-        """Marks the rows of samples that never came and writes everything to disk."""
-        for rows in self._rows.values():
-            rows[missing] = np.nan if rows.dtype.kind == "f" else -1
-            rows.flush()  # type: ignore[attr-defined]
+        """Marks the rows of samples that never came and ends the file."""
+        for name, (shape, dtype) in self._columns.items():
+            rows = np.full((len(missing), *shape), -1 if dtype == "int64" else np.nan, dtype)
+            if len(rows):
+                self.write(missing, {name: rows})
+        self._file.close()
 
 
 class ParquetRows:
