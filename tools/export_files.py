@@ -131,6 +131,7 @@ def timm_config(config: ModelConfig, pool: Pool) -> dict[str, Any]:
             "depth": c.depth,
             "num_heads": c.num_heads,
             "mlp_ratio": c.mlp_ratio,
+            "global_pool": pool,
         },
         "pretrained_cfg": {
             "input_size": [c.channels, height, width],
