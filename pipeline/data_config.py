@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 CHOICES = {
     "decoder": ("auto", "cpu", "dali"),
-    "shuffle": ("global", "window", "none"),
+    "shuffle": ("auto", "global", "window", "none"),
     "crop": ("random", "fixed", "centre"),
     "crop_rule": ("torchvision", "tf"),
     "interpolation": ("bicubic", "bilinear"),
@@ -17,9 +17,11 @@ class DataConfig:
     """Where the data lie and how a sample becomes an image.
 
     Attributes:
-        path: folder of a packed dataset (`patchmill shard` makes one).
+        path: folder of a packed dataset (`patchmill shard` makes one), local or a URL (http, https, s3, gs, hf); a
+            .beton file of FFCV; or plain WebDataset tars without manifest: `{000..146}.tar` after a path or a URL.
         decoder: "cpu", "dali", or "auto": DALI on a GPU where it is installed, else the CPU.
-        shuffle: "global"; "window" mixes only within windows of shards; "none" keeps the stored order.
+        shuffle: "global"; "window" mixes only within windows of shards; "none" keeps the stored order; "auto" is
+            "window" for remote data, else "global".
         window_shards: shards of a window.
         crop: "random" (random-resized crop), "fixed" (fixed size, random place) or "centre".
         crop_rule: of random crops: "torchvision" (published PyTorch pretraining) or "tf" (published linear probe).
@@ -27,6 +29,7 @@ class DataConfig:
         ratio: of random crops: range of width / height.
         crop_fraction: of fixed and centre crops: share of the shorter side.
         flip: mirror half of the images left to right.
+        colour_jitter: brightness, contrast and saturation vary by up to this share; 0 is none.
         interpolation: "bicubic" or "bilinear", both antialiased.
         repeats: crops and masks drawn from each decoded image; an epoch then has `repeats` times as many images.
         last_batch: "drop" leaves out what does not fill a batch (other samples each epoch); "fill" completes the last
@@ -36,11 +39,16 @@ class DataConfig:
         max_bad_fraction: share of the dataset that may be bad before the run stops.
         quarantine_path: file that names bad samples; empty writes none.
         timeout_seconds: longest wait for a batch before it is an error.
+        cache_dir: where copies of remote shards are kept; empty is ~/.cache/patchmill.
+        cache_limit_gib: of these copies; the least recently used go first.
+        samples_per_epoch: of plain tars that have no .idx beside them to count by.
+        shuffle_buffer: samples that plain tars are mixed among.
+        allow_pipe: let `pipe:` URLs of plain tars run shell commands.
     """
 
     path: str = ""
     decoder: str = "auto"
-    shuffle: str = "global"
+    shuffle: str = "auto"
     window_shards: int = 8
     crop: str = "random"
     crop_rule: str = "torchvision"
@@ -48,6 +56,7 @@ class DataConfig:
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
     crop_fraction: float = 0.875
     flip: bool = True
+    colour_jitter: float = 0.0
     interpolation: str = "bicubic"
     repeats: int = 1
     last_batch: str = "drop"
@@ -56,12 +65,17 @@ class DataConfig:
     max_bad_fraction: float = 0.001
     quarantine_path: str = ""
     timeout_seconds: float = 600.0
+    cache_dir: str = ""
+    cache_limit_gib: float = 64.0
+    samples_per_epoch: int = 0
+    shuffle_buffer: int = 1000
+    allow_pipe: bool = False
 
     def __post_init__(self) -> None:
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"data.{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
-        for name in ("repeats", "prefetch_batches", "window_shards"):
+        for name in ("repeats", "prefetch_batches", "window_shards", "shuffle_buffer"):
             if getattr(self, name) < 1:
                 raise ValueError(f"data.{name} must be at least 1, got {getattr(self, name)}")
         if not 0 < self.scale[0] <= self.scale[1] <= 1:
@@ -72,5 +86,7 @@ class DataConfig:
             raise ValueError(f"data.crop_fraction must be in (0, 1], got {self.crop_fraction}")
         if not 0 <= self.max_bad_fraction <= 1:
             raise ValueError(f"data.max_bad_fraction must be in [0, 1], got {self.max_bad_fraction}")
+        if not 0 <= self.colour_jitter <= 1:
+            raise ValueError(f"data.colour_jitter must be in [0, 1], got {self.colour_jitter}")
         if self.workers < 0:
             raise ValueError(f"data.workers must be 0 (one for each core) or more, got {self.workers}")

@@ -24,10 +24,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
-from patchmill.pipeline.decode_cpu import CHUNK, decode_image
-from patchmill.pipeline.feed import Feeder, StepPlan
+from patchmill.pipeline.decode_cpu import CHUNK
+from patchmill.pipeline.feed import StepPlan
+from patchmill.pipeline.images import decode_image
 from patchmill.pipeline.pool import Pool
 from patchmill.pipeline.shards import JPEG_START
+from patchmill.pipeline.stream_wds import AnyFeeder
 
 PNG_START = b"\x89PNG\r\n\x1a\n"
 PNG_PLAIN = (0, 2, 6)  # colour types grey, RGB and RGBA
@@ -49,7 +51,7 @@ class DaliDecoder:
 
     def __init__(
         self,
-        feeder: Feeder,
+        feeder: AnyFeeder,
         *,
         image_size: tuple[int, int],
         channels: int,
@@ -141,7 +143,7 @@ class _Source:
 
     def __init__(
         self,
-        feeder: Feeder,
+        feeder: AnyFeeder,
         pool: Pool,
         epoch: int,
         step: int,

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from patchmill.kernels.philox import STREAM_REPLACE, draw_numpy
 from patchmill.pipeline.draws import crop_windows, flips, framed_windows
-from patchmill.pipeline.order import Order
+from patchmill.pipeline.order import Order, WindowOrder
 from patchmill.pipeline.quarantine import Quarantine
 from patchmill.pipeline.shards import BadSample
 
@@ -110,6 +110,15 @@ class Feeder:
 
     Rank r of W takes rows [r * G / W, (r + 1) * G / W) of each global batch, so that the union over ranks is the same
     for any W.
+
+    Args:
+        store: the samples.
+        order: of an epoch.
+        crop: how windows and flips are drawn.
+        quarantine: counts and names bad samples.
+        seed, global_batch, rank, world_size, repeats: as for the loader.
+        fill_last: whether the last, partial batch of an epoch is completed or dropped.
+        want: told which shards will be read soon (remote data).
     """
 
     def __init__(
@@ -125,11 +134,13 @@ class Feeder:
         world_size: int,
         repeats: int,
         fill_last: bool,
+        want: Callable[[list[int]], None] | None = None,
     ) -> None:
         self.store, self.order, self.crop, self.quarantine = store, order, crop, quarantine
         self.seed, self.global_batch, self.rank, self.repeats = seed, global_batch, rank, repeats
         self.local_batch = global_batch // world_size
         self.local_slots = self.local_batch // repeats
+        self.num_samples, self.want = store.num_samples, want
         views = store.num_samples * repeats
         self.steps_per_epoch = -(-views // global_batch) if fill_last else views // global_batch
 
@@ -146,6 +157,8 @@ class Feeder:
         start = step * self.global_batch + self.rank * self.local_batch
         positions_U = (start // self.repeats + np.arange(self.local_slots)) % self.store.num_samples
         ids_U = self.order.indices(epoch, positions_U)
+        if self.want is not None and isinstance(self.order, WindowOrder):
+            self.want(self.order.shards_ahead(epoch, int(positions_U[0])))
         ids_B = np.repeat(ids_U, self.repeats)
         repeats_B = np.tile(np.arange(self.repeats), self.local_slots)
         heights_B, widths_B, labels_B = self.store.describe(ids_B)
@@ -182,6 +195,10 @@ class Feeder:
             except ValueError as error:
                 index = int(plan.sample_ids_B[row])
                 data = self._replacement(plan, slot, BadSample(index, self.store.where(index), str(error)))
+
+    def close(self) -> None:
+        """Closes the files."""
+        self.store.close()
 
     def _replacement(self, plan: StepPlan, slot: int, bad: BadSample) -> bytes:
         """Records a bad sample and puts another into its slot: the first good one of the `replace` stream.

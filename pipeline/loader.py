@@ -14,23 +14,21 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any, Self
 
 import torch
 from torch import Tensor
 
 from patchmill.pipeline.batch import Batch
+from patchmill.pipeline.colour import jitter, jitter_factors
 from patchmill.pipeline.data_config import DataConfig
 from patchmill.pipeline.decode_cpu import CpuDecoder
 from patchmill.pipeline.decode_dali import DaliDecoder
-from patchmill.pipeline.feed import CropConfig, Feeder, StepPlan
-from patchmill.pipeline.manifest import open_dataset
+from patchmill.pipeline.feed import StepPlan
 from patchmill.pipeline.masks import MaskConfig, MaskPlan
-from patchmill.pipeline.order import EpochOrder, Order, SequentialOrder, WindowOrder
 from patchmill.pipeline.prefetch import Prefetcher
-from patchmill.pipeline.quarantine import Quarantine
-from patchmill.pipeline.shards import ShardReader
+from patchmill.pipeline.source import open_feeder
+from patchmill.pipeline.stream_wds import AnyFeeder
 
 Decoder = CpuDecoder | DaliDecoder
 
@@ -42,9 +40,16 @@ class BatchMaker:
     """
 
     def __init__(
-        self, feeder: Feeder, decoder: Decoder, mask: MaskConfig, grid_hw: tuple[int, int], device: torch.device
+        self,
+        feeder: AnyFeeder,
+        decoder: Decoder,
+        mask: MaskConfig,
+        grid_hw: tuple[int, int],
+        device: torch.device,
+        colour_jitter: float,
     ) -> None:
         self.feeder, self.decoder, self.mask, self.grid_hw, self.device = feeder, decoder, mask, grid_hw, device
+        self.colour_jitter = colour_jitter
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def batches(self, epoch: int, step: int) -> Iterator[tuple[Batch, torch.cuda.Event | None]]:
@@ -62,10 +67,16 @@ class BatchMaker:
             epoch=plan.epoch,
             sample_ids_B=ids_B,
             grid_hw=self.grid_hw,
-            repeats_B=self._to_device(torch.from_numpy(plan.repeats_B)) if self.feeder.repeats > 1 else None,
+            repeats_B=self._to_device(torch.from_numpy(plan.repeats_B)),
         )
         labels_B = self._to_device(torch.from_numpy(plan.labels_B))
-        return Batch(self._to_device(images), mask, labels_B, ids_B, plan.epoch, plan.step)
+        images = self._to_device(images)
+        if self.colour_jitter:
+            factors_B3 = jitter_factors(
+                self.feeder.seed, plan.epoch, plan.sample_ids_B, plan.repeats_B, self.colour_jitter
+            )
+            images = jitter(images, self._to_device(torch.from_numpy(factors_B3)))
+        return Batch(images, mask, labels_B, ids_B, plan.epoch, plan.step)
 
     def _to_device(self, tensor: Tensor) -> Tensor:
         """The tensor on the training device, in memory that torch owns.
@@ -91,7 +102,7 @@ class Loader:
     def __init__(self, maker: BatchMaker, config: DataConfig, fingerprint: dict[str, Any]) -> None:
         self.maker, self.config, self.fingerprint = maker, config, fingerprint
         self.steps_per_epoch = maker.feeder.steps_per_epoch
-        self.num_samples = maker.feeder.store.num_samples
+        self.num_samples = maker.feeder.num_samples
         self.wait_seconds = 0.0
         self._next = (0, 0)
         self._prefetcher: Prefetcher | None = None
@@ -138,7 +149,7 @@ class Loader:
     def close(self) -> None:
         """Ends the threads and closes the files."""
         self._stop()
-        self.maker.feeder.store.close()
+        self.maker.feeder.close()
 
     def __enter__(self) -> Self:
         return self
@@ -196,46 +207,19 @@ def build_loader(
     device = torch.device(device)
     height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
     _check_sizes(height, width, patch_size, channels, global_batch, world_size, config.repeats)
-    reader = ShardReader(open_dataset(config.path))
-    if channels != reader.channels and not {channels, reader.channels} <= {1, 3, 4}:
-        raise ValueError(f"{config.path} holds images of {reader.channels} channels and the model takes {channels}")
-    if config.last_batch == "drop" and reader.num_samples * config.repeats < global_batch:
-        raise ValueError(
-            f"{config.path} has {reader.num_samples} samples, which do not fill one global batch of {global_batch}: "
-            "use a smaller batch, or data.last_batch=fill"
-        )
-    feeder = Feeder(
-        reader,
-        _order(config, reader, seed),
-        CropConfig(
-            config.crop, config.crop_rule, config.scale, config.ratio, config.crop_fraction, config.flip, width / height
-        ),
-        Quarantine(
-            Path(config.quarantine_path) if config.quarantine_path else None,
-            reader.num_samples,
-            config.max_bad_fraction,
-        ),
+    feeder, fingerprint = open_feeder(
+        config,
+        aspect=width / height,
+        channels=channels,
         seed=seed,
         global_batch=global_batch,
         rank=rank,
         world_size=world_size,
-        repeats=config.repeats,
-        fill_last=config.last_batch == "fill",
     )
     decoder = _decoder(config, feeder, (height, width), channels, device)
-    loader = Loader(
-        BatchMaker(feeder, decoder, mask, (height // patch_size, width // patch_size), device),
-        config,
-        fingerprint={
-            "dataset": reader.fingerprint,
-            "seed": seed,
-            "global_batch": global_batch,
-            "repeats": config.repeats,
-            "shuffle": config.shuffle,
-            "window_shards": config.window_shards if config.shuffle == "window" else 0,
-            "last_batch": config.last_batch,
-        },
-    )
+    grid_hw = (height // patch_size, width // patch_size)
+    maker = BatchMaker(feeder, decoder, mask, grid_hw, device, config.colour_jitter)
+    loader = Loader(maker, config, fingerprint)
     loader.seek(start_epoch, start_step)
     return loader
 
@@ -253,16 +237,8 @@ def _check_sizes(
         )
 
 
-def _order(config: DataConfig, reader: ShardReader, seed: int) -> Order:
-    if config.shuffle == "global":
-        return EpochOrder(reader.num_samples, seed)
-    if config.shuffle == "window":
-        return WindowOrder(reader.shard_samples, seed, config.window_shards)
-    return SequentialOrder(reader.num_samples)
-
-
 def _decoder(
-    config: DataConfig, feeder: Feeder, size_hw: tuple[int, int], channels: int, device: torch.device
+    config: DataConfig, feeder: AnyFeeder, size_hw: tuple[int, int], channels: int, device: torch.device
 ) -> Decoder:
     workers = config.workers or len(os.sched_getaffinity(0))
     name = config.decoder

@@ -59,6 +59,16 @@ class ShardCache:
         self._lock = threading.Lock()
         self._fetched: OrderedDict[int, Future] = OrderedDict()
 
+    def require_room(self, shards: int) -> None:
+        """ValueError unless `shards` of the largest, and as many fetched ahead, fit into the cache."""
+        needed = sum(sorted((info.bytes for info in self.shards), reverse=True)[: 2 * shards])
+        if needed > self.limit_bytes:
+            raise ValueError(
+                f"the shards read at a time take {needed / (1 << 30):.2f} GiB and data.cache_limit_gib is "
+                f"{self.limit_bytes / (1 << 30):.2f}: raise it, or use data.shuffle=window with fewer "
+                "data.window_shards"
+            )
+
     def path(self, shard: int) -> Path:
         """Path of a shard's copy; waits until it is there. ValueError or OSError when it cannot be had."""
         path = self._want(shard).result()

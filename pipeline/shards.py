@@ -11,15 +11,14 @@ import os
 import threading
 import zlib
 from collections import OrderedDict
-from collections.abc import Callable
 from dataclasses import dataclass
 from io import FileIO
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from patchmill.pipeline.manifest import Dataset, ImageFormat
+from patchmill.pipeline.remote import ShardCache
 
 OPEN_SHARDS = 512  # files held open at most; a process may usually have 1024
 JPEG_START, JPEG_END = b"\xff\xd8\xff", b"\xff\xd9"
@@ -38,18 +37,19 @@ class ShardReader:
     """Reads samples of a packed dataset by index; safe to use from many threads.
 
     Args:
-        dataset: an opened dataset. shard_path: gives the local path of a shard, fetching it first where shards are
-        remote; by default the dataset's own.
+        dataset: an opened dataset.
+        cache: fetches the shards of a remote dataset; without it they lie in the dataset's folder.
     """
 
-    def __init__(self, dataset: Dataset, shard_path: Callable[[int], Path] | None = None) -> None:
+    def __init__(self, dataset: Dataset, cache: ShardCache | None = None) -> None:
         self.samples = dataset.samples
         self.num_samples = dataset.manifest.num_samples
         self.shard_names = [shard.name for shard in dataset.manifest.shards]
         self.shard_samples = [shard.samples for shard in dataset.manifest.shards]
         self.channels = dataset.manifest.channels
         self.fingerprint = dataset.manifest.fingerprint()
-        self._shard_path = shard_path or dataset.shard_path
+        self._cache = cache
+        self._shard_path = cache.path if cache else dataset.shard_path
         self._open: OrderedDict[int, FileIO] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -71,6 +71,8 @@ class ShardReader:
         """Closes the shards; reads that are under way finish first."""
         with self._lock:
             self._open.clear()
+        if self._cache is not None:
+            self._cache.close()
 
     def where(self, index: int) -> str:
         """Names a sample for people: shard, offset, and the member's name from the tar header in front of its bytes."""

@@ -5,9 +5,15 @@ follows. Here every header's checksum must hold and the archive must end with it
 """
 
 from collections.abc import Iterator
-from typing import BinaryIO
+from typing import Protocol
 
 BLOCK = 512
+
+
+class Readable(Protocol):
+    """Anything to read from front to back; `read` gives no bytes at the end."""
+
+    def read(self, size: int, /) -> bytes: ...
 
 
 class TarDamage(ValueError):
@@ -19,7 +25,7 @@ def padded(size: int) -> int:
     return -(-size // BLOCK) * BLOCK
 
 
-def tar_members(file: BinaryIO) -> Iterator[tuple[str, bytes]]:
+def tar_members(file: Readable) -> Iterator[tuple[str, bytes]]:
     """Yields name and content of the regular files of an uncompressed tar, in order.
 
     Knows USTAR, old V7, GNU long names and PAX paths and sizes. Only `file.read` is used: any stream will do.
@@ -46,7 +52,7 @@ def tar_members(file: BinaryIO) -> Iterator[tuple[str, bytes]]:
             raise TarDamage(f"has an end mark at byte {offset} but data after it: it is damaged there")
 
 
-def tar_samples(file: BinaryIO) -> Iterator[tuple[str, dict[str, bytes]]]:
+def tar_samples(file: Readable) -> Iterator[tuple[str, dict[str, bytes]]]:
     """Groups members that follow each other into samples: (key, content by extension), as WebDataset does.
 
     `a/b.seg.png` has the key `a/b` and the extension `seg.png`; names without both are passed over.
@@ -74,7 +80,7 @@ def split_key(name: str) -> tuple[str, str] | None:
     return (f"{folder}/{stem}" if folder else stem), extension
 
 
-def _exactly(file: BinaryIO, size: int, offset: int) -> bytes:
+def _exactly(file: Readable, size: int, offset: int) -> bytes:
     pieces, missing = [], size
     while missing:
         piece = file.read(missing)

@@ -8,7 +8,8 @@ import torch
 from PIL import Image, ImageOps
 from raw_dataset import make_raw_dataset
 
-from patchmill.pipeline.decode_cpu import INTERPOLATIONS, decode_image
+from patchmill.pipeline.decode_cpu import INTERPOLATIONS
+from patchmill.pipeline.images import decode_image
 from patchmill.pipeline.loader import DataConfig, build_loader
 from patchmill.pipeline.masks import MaskConfig
 from patchmill.pipeline.tiff import write_tiff
