@@ -78,7 +78,7 @@ def index_tars(tars: list[Path], args: IndexArgs) -> Manifest:
     records = [record for record in found if record.get("rows")]
     if not records:
         raise ValueError(f"none of the {len(tars)} tars in {args.folder} holds an image that can be read")
-    classes = _number_labels(records)
+    classes = _class_names(args.folder / MANIFEST_NAME, _number_labels(records))
     for record in records:
         store.write_text(record["name"].removesuffix(".tar") + ".idx", record["index"])
     left_out = [entry for record in found for entry in record.get("left_out", [])]
@@ -146,6 +146,17 @@ def _number_labels(records: list[dict[str, Any]]) -> list[str]:
             row.append(int(labels[place]))
             place += 1
     return classes
+
+
+def _class_names(manifest: Path, numbers: list[str]) -> list[str]:
+    """The class names of the manifest that is being replaced, where it can be read and has them all."""
+    if not manifest.is_file():
+        return numbers
+    try:
+        classes = Manifest.from_json(manifest.read_text("utf-8", "replace")).classes
+    except ValueError:
+        return numbers
+    return classes if len(classes) >= len(numbers) else numbers
 
 
 def _content(file: BinaryIO, member: TarMember) -> bytes:

@@ -18,7 +18,15 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from patchmill.tools.sources import Listing, Method, is_hidden, is_image_name, labels_from_folders, make_entries
+from patchmill.tools.sources import (
+    ENTRY_DTYPE,
+    Listing,
+    Method,
+    is_hidden,
+    is_image_name,
+    labels_from_folders,
+    make_entries,
+)
 from patchmill.tools.tars import TarDamage, TarMember, split_key, walk_tar
 
 COMPRESSED_TARS: dict[str, Callable[..., Any]] = {
@@ -52,7 +60,10 @@ def list_zip(path: Path) -> Listing:
                     rows.append((0, method, offset, info.compress_size, info.file_size, info.CRC, -1))
     except (zipfile.BadZipFile, OSError, ValueError) as error:
         raise ValueError(f"{path} is no readable zip archive: {error}") from None
-    return _tree(names, np.array(rows, make_entries(0).dtype), [str(path)], ignored)
+    order = sorted(range(len(names)), key=names.__getitem__)
+    names, entries = [names[i] for i in order], np.array(rows, ENTRY_DTYPE)[order]
+    entries["label"], classes, notes = labels_from_folders(names)
+    return Listing(names, entries, [str(path)], classes, ignored=sorted(ignored), notes=notes)
 
 
 def list_tars(paths: list[Path]) -> Listing:
@@ -68,15 +79,15 @@ def list_tars(paths: list[Path]) -> Listing:
     entries["method"] = Method.RAW
     entries["offset"] = [image.member.offset for image in images]
     entries["stored"] = entries["size"] = [image.member.size for image in images]
-    names = [
-        image.member.name if len(paths) == 1 else f"{paths[image.container].name}/{image.member.name}"
-        for image in images
-    ]
+    inner = [image.member.name for image in images]
+    names = inner
+    if len(paths) > 1:
+        names = [f"{paths[image.container].name}/{image.member.name}" for image in images]
     containers = [str(path) for path in paths]
     if not any(image.labelled for image in images):
-        return _tree(names, entries, containers, ignored)
-    labels, classes = numbered_labels([image.label for image in images])
-    entries["label"] = labels
+        entries["label"], classes, notes = labels_from_folders(inner)
+        return Listing(names, entries, containers, classes, ignored=sorted(ignored), notes=notes)
+    entries["label"], classes = numbered_labels([image.label for image in images])
     captions = [image.caption for image in images]
     return Listing(names, entries, containers, classes, captions if any(captions) else None, ignored=ignored)
 
@@ -189,10 +200,3 @@ def _data_offset(file: BinaryIO, header_offset: int) -> int:
     if header[:4] != b"PK\x03\x04":
         raise ValueError(f"no local header at byte {header_offset}")
     return header_offset + 30 + int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
-
-
-def _tree(names: list[str], entries: np.ndarray, containers: list[str], ignored: list[tuple[str, str]]) -> Listing:
-    order = sorted(range(len(names)), key=names.__getitem__)
-    names, entries = [names[i] for i in order], entries[order]
-    entries["label"], classes, notes = labels_from_folders(names)
-    return Listing(names, entries, containers, classes, ignored=sorted(ignored), notes=notes)
