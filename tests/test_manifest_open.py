@@ -32,7 +32,7 @@ def edit(dataset: Path, **changes: object) -> None:
 
 def test_rows_are_33_bytes_little_endian():
     assert SAMPLE_DTYPE.itemsize == 33
-    assert [SAMPLE_DTYPE[name].str for name in SAMPLE_DTYPE.names] == [
+    assert [SAMPLE_DTYPE[name].str for name in SAMPLE_DTYPE.names or ()] == [
         "<u4",
         "<u8",
         "<u4",

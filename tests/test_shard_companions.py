@@ -41,7 +41,7 @@ def write_tar(path: Path, members: dict[str, bytes]) -> Path:
 def test_index_of_foreign_tars(tmp_path):
     """Tars by another program: read in place, bad images kept out of the table, tars untouched."""
     labels = sorted({label for label, _ in CROPS})
-    members = {}
+    members: dict[str, bytes] = {}
     for i, (label, data) in enumerate(CROPS):
         members |= {f"{i:04d}.jpeg": data, f"{i:04d}.cls": str(labels.index(label)).encode()}
     turned = with_exif(jpeg(np.ascontiguousarray(photograph("coffee.png")[:40, :60])), exif(6))

@@ -135,7 +135,7 @@ def test_unknown_option(images, tmp_path, capsys):
 def test_disk_full(images, tmp_path, capsys, monkeypatch, whole_shards):
     """No half shard stays; what is whole is resumed once there is room."""
     written = ShardWriter.finish
-    finished = []
+    finished: list[ShardWriter] = []
 
     def finish(writer: ShardWriter) -> tuple[str, str]:
         if len(finished) == whole_shards:

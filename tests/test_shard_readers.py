@@ -54,14 +54,15 @@ def test_dali_reads_with_our_index(dataset):
 
     @dali.pipeline_def(batch_size=5, num_threads=1, device_id=None)
     def read():
-        return tuple(
-            fn.readers.webdataset(paths=tars(dataset), index_paths=indexes, ext=["jpg;png", "cls"], name="reader")
+        images, labels = fn.readers.webdataset(
+            paths=tars(dataset), index_paths=indexes, ext=["jpg;png", "cls"], name="reader"
         )
+        return images, labels
 
     pipeline = read()
     pipeline.build()
     assert pipeline.epoch_size("reader") == len(dataset)
-    found = []
+    found: list[tuple[bytes, int]] = []
     while len(found) < len(dataset):
         images, labels = pipeline.run()
         found += [(np.array(images[i]).tobytes(), int(bytes(np.array(labels[i])))) for i in range(5)]

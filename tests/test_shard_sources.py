@@ -68,7 +68,7 @@ def write_zip(path: Path, members: dict[str, bytes], compression: int = zipfile.
 
 
 def labelled_tar(path: Path) -> Path:
-    members = {}
+    members: dict[str, bytes] = {}
     for i, (label, data) in enumerate(CROPS):
         members |= {
             f"{i:04d}.cls": str(CLASSES.index(label)).encode(),
