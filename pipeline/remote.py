@@ -14,12 +14,13 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import Future
+from io import FileIO
 from pathlib import Path
 from typing import TypeVar
 
 from patchmill.pipeline.manifest import MANIFEST_NAME, SAMPLES_NAME, Dataset, Manifest, open_samples
 from patchmill.pipeline.pool import Pool
-from patchmill.pipeline.urls import open_filesystem, redact, transient_errors
+from patchmill.pipeline.urls import is_forbidden, join, open_filesystem, redact, transient_errors
 
 ATTEMPTS = 5
 FIRST_PAUSE_SECONDS = 0.5  # before the second attempt; doubles each time
@@ -36,13 +37,13 @@ def open_remote_dataset(url: str, cache: Path, limit_bytes: int) -> tuple[Datase
         cache: folder for the copies; a dataset's are in a folder named by its fingerprint.
         limit_bytes: of the shards kept.
     """
-    url = url.rstrip("/")
-    text = with_retries(lambda: _cat(f"{url}/{MANIFEST_NAME}"), f"{redact(url)}/{MANIFEST_NAME}")
-    manifest = Manifest.from_json(text.decode("utf-8", "replace"), f"{redact(url)}/{MANIFEST_NAME}")
+    address = join(url, MANIFEST_NAME)
+    text = with_retries(lambda: _cat(address), redact(address))
+    manifest = Manifest.from_json(text.decode("utf-8", "replace"), redact(address))
     folder = cache / manifest.fingerprint()[:16]
     folder.mkdir(parents=True, exist_ok=True)
     table = folder / SAMPLES_NAME
-    fetch(f"{url}/{SAMPLES_NAME}", table, manifest.samples_sha256)
+    fetch(join(url, SAMPLES_NAME), table, manifest.samples_sha256)
     shards = ShardCache(url, manifest, folder, limit_bytes)
     return Dataset(folder, manifest, open_samples(table, manifest.num_samples)), shards
 
@@ -69,14 +70,15 @@ class ShardCache:
                 "data.window_shards"
             )
 
-    def path(self, shard: int) -> Path:
-        """Path of a shard's copy; waits until it is there. ValueError or OSError when it cannot be had."""
-        path = self._want(shard).result()
-        if not path.exists():  # dropped by another process that shares the cache
-            with self._lock:
-                self._fetched.pop(shard, None)
+    def open(self, shard: int) -> FileIO:
+        """Opens a shard's copy; waits until it is there. OSError when it cannot be had."""
+        while True:
             path = self._want(shard).result()
-        return path
+            try:
+                return FileIO(path)
+            except FileNotFoundError:  # dropped since, here or by another process that shares the cache
+                with self._lock:
+                    self._fetched.pop(shard, None)
 
     def want(self, shards: list[int]) -> None:
         """Begins to fetch shards that will be read soon."""
@@ -92,25 +94,28 @@ class ShardCache:
             future = self._fetched.get(shard)
             if future is None:  # a shard that could not be had is not asked for again: its samples are bad
                 future = self._fetched[shard] = self._pool.submit(self._fetch, shard)
-                self._drop_oldest()
             self._fetched.move_to_end(shard)
             return future
 
     def _fetch(self, shard: int) -> Path:
         info = self.shards[shard]
         path = self.folder / info.name
-        fetch(f"{self.url}/{info.name}", path, info.sha256)
+        fetch(join(self.url, info.name), path, info.sha256)
+        with self._lock:
+            self._drop_oldest()
         return path
 
     def _drop_oldest(self) -> None:
-        kept = sum(self.shards[shard].bytes for shard in self._fetched)
-        for shard, future in list(self._fetched.items())[:-1]:
+        """Drops copies, the least recently wanted first, until the rest is within the limit."""
+        there = {shard: self.folder / self.shards[shard].name for shard in self._fetched}
+        there = {shard: path for shard, path in there.items() if path.exists()}
+        kept = sum(self.shards[shard].bytes for shard in there)
+        for shard, path in list(there.items())[:-1]:
             if kept <= self.limit_bytes:
                 break
-            if future.done():
-                kept -= self.shards[shard].bytes
-                del self._fetched[shard]
-                (self.folder / self.shards[shard].name).unlink(missing_ok=True)
+            kept -= self.shards[shard].bytes
+            del self._fetched[shard]
+            path.unlink(missing_ok=True)
 
 
 def fetch(url: str, path: Path, sha256: str) -> None:
@@ -137,11 +142,11 @@ def with_retries(action: Callable[[], Result], name: str) -> Result:
             return action()
         except FileNotFoundError:
             raise FileNotFoundError(f"nothing at {name}: check the address") from None
-        except PermissionError:
-            raise PermissionError(f"no permission to read {name}: check the credentials") from None
         except WrongBytes as error:
             failure = str(error)
         except transient_errors() as error:
+            if is_forbidden(error):
+                raise PermissionError(f"no permission to read {name}: check the credentials") from None
             failure = type(error).__name__  # its text may hold the whole address, with its signature
     raise OSError(f"{name} could not be fetched in {ATTEMPTS} attempts (the last: {failure})")
 

@@ -49,7 +49,7 @@ class ShardReader:
         self.channels = dataset.manifest.channels
         self.fingerprint = dataset.manifest.fingerprint()
         self._cache = cache
-        self._shard_path = cache.path if cache else dataset.shard_path
+        self._open_shard = cache.open if cache else lambda shard: FileIO(dataset.shard_path(shard))
         self._open: OrderedDict[int, FileIO] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -105,7 +105,7 @@ class ShardReader:
             if file is not None:
                 self._open.move_to_end(shard)
                 return file
-        file = FileIO(self._shard_path(shard))
+        file = self._open_shard(shard)
         with self._lock:
             self._open[shard] = file
             while len(self._open) > OPEN_SHARDS:

@@ -43,7 +43,7 @@ def open_feeder(
     )
     place = {"seed": seed, "global_batch": global_batch, "repeats": config.repeats}
     ranks = {"rank": rank, "world_size": world_size}
-    if config.path.endswith(".tar") or config.path.startswith("pipe:"):
+    if config.path.startswith("pipe:") or redact(config.path).endswith(".tar"):
         return _open_stream(config, crop, channels, place, ranks)
     store, shards, cache = _open_store(config)
     if channels != store.channels and not {channels, store.channels} <= {1, 3, 4}:
@@ -95,6 +95,8 @@ def _open_stream(
     config: DataConfig, crop: CropConfig, channels: int, place: dict[str, int], ranks: dict[str, int]
 ) -> tuple[StreamFeeder, dict[str, Any]]:
     urls = expand_braces(config.path)
+    if any(url.startswith("pipe:") for url in urls) and not config.allow_pipe:
+        raise ValueError("pipe: URLs run shell commands: allow them with data.allow_pipe if you wrote them yourself")
     samples = config.samples_per_epoch or count_samples(urls)
     if not 1 <= channels <= 4:
         raise ValueError(f"plain tars hold images of 1 to 4 channels; the model takes {channels}: pack them first")
@@ -107,7 +109,6 @@ def _open_stream(
         samples_per_epoch=samples,
         shuffle_buffer=1 if config.shuffle == "none" else config.shuffle_buffer,
         shuffle_shards=config.shuffle != "none",
-        allow_pipe=config.allow_pipe,
         timeout_seconds=config.timeout_seconds,
     )
     names = "\n".join(redact(url) for url in urls)

@@ -28,7 +28,7 @@ from patchmill.pipeline.quarantine import Quarantine
 from patchmill.pipeline.shards import BadSample
 from patchmill.pipeline.streams import open_stream
 from patchmill.pipeline.tar_stream import TarDamage, tar_samples
-from patchmill.pipeline.urls import redact
+from patchmill.pipeline.urls import beside, redact
 
 log = logging.getLogger(__name__)
 
@@ -76,7 +76,6 @@ class StreamFeeder:
         samples_per_epoch: int,
         shuffle_buffer: int,
         shuffle_shards: bool,
-        allow_pipe: bool,
         timeout_seconds: float,
     ) -> None:
         if world_size > len(urls):
@@ -94,7 +93,7 @@ class StreamFeeder:
         self.num_samples = samples_per_epoch
         self.steps_per_epoch = samples_per_epoch * repeats // global_batch
         self.shuffle_buffer, self.shuffle_shards = shuffle_buffer, shuffle_shards
-        self.allow_pipe, self.timeout_seconds = allow_pipe, timeout_seconds
+        self.timeout_seconds = timeout_seconds
         log.warning(
             "%s: plain tars give no global order, no checksums, and resume only on %d rank(s), by reading past used "
             "samples; `patchmill index` or `patchmill shard` once gives all of these",
@@ -211,7 +210,7 @@ class StreamFeeder:
 
     def _shard(self, url: str) -> Iterator[Sample]:
         name = redact(url)
-        with open_stream(url, self.allow_pipe) as file:
+        with open_stream(url) as file:
             try:
                 for key, parts in tar_samples(file):
                     sample = self._sample(name, key, parts)
@@ -260,9 +259,9 @@ def count_samples(urls: list[str]) -> int:
     for url in urls:
         if url.startswith("pipe:"):
             raise ValueError("say how many samples are an epoch: data.samples_per_epoch")
-        index = url.removesuffix(".tar") + ".idx"
+        index = beside(url, ".idx")
         try:
-            with open_stream(index, allow_pipe=False) as file:
+            with open_stream(index) as file:
                 total += int(io.BytesIO(file.read(64)).readline().split()[1])
         except (FileNotFoundError, ValueError, IndexError):
             raise ValueError(

@@ -8,17 +8,15 @@ from typing import Any
 
 from patchmill.pipeline.remote import ATTEMPTS, FIRST_PAUSE_SECONDS
 from patchmill.pipeline.tar_stream import Readable
-from patchmill.pipeline.urls import is_url, open_filesystem, redact, transient_errors
+from patchmill.pipeline.urls import is_forbidden, is_url, open_filesystem, redact, transient_errors
 
 BLOCK_BYTES = 8 << 20  # asked for at once
 
 
 @contextmanager
-def open_stream(url: str, allow_pipe: bool) -> Iterator[Readable]:
-    """Opens a path, a URL, or with `allow_pipe` the output of a shell command (`pipe:zstdcat shard.tar.zst`)."""
+def open_stream(url: str) -> Iterator[Readable]:
+    """Opens a path, a URL, or the output of a shell command (`pipe:zstdcat shard.tar.zst`; source.py asked)."""
     if url.startswith("pipe:"):
-        if not allow_pipe:
-            raise ValueError("pipe: URLs run shell commands: allow them with data.allow_pipe if you wrote them")
         yield from _pipe(url.removeprefix("pipe:"))
     elif is_url(url):
         stream = RemoteStream(url)
@@ -54,9 +52,9 @@ class RemoteStream:
                 return data
             except FileNotFoundError:
                 raise FileNotFoundError(f"nothing at {self.name}: check the address") from None
-            except PermissionError:
-                raise PermissionError(f"no permission to read {self.name}: check the credentials") from None
             except transient_errors() as error:
+                if is_forbidden(error):
+                    raise PermissionError(f"no permission to read {self.name}: check the credentials") from None
                 failure = type(error).__name__  # its text may hold the whole address, with its signature
                 self._file = None
         raise OSError(f"{self.name} could not be read past byte {self._position} (the last: {failure})")

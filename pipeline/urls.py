@@ -9,6 +9,7 @@ import ipaddress
 import re
 import socket
 import sys
+from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
@@ -30,6 +31,20 @@ def redact(url: str) -> str:
         return url
     parts = urlsplit(url)
     return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
+
+
+def join(url: str, name: str) -> str:
+    """The URL of a file in a folder; a query, such as a signature, is kept."""
+    parts = urlsplit(url)
+    return urlunsplit(parts._replace(path=f"{parts.path.rstrip('/')}/{name}"))
+
+
+def beside(url: str, suffix: str) -> str:
+    """The URL or path of the file beside this one with another suffix; a query is kept."""
+    if not is_url(url):
+        return str(Path(url).with_suffix(suffix))
+    parts = urlsplit(url)
+    return urlunsplit(parts._replace(path=str(PurePosixPath(parts.path).with_suffix(suffix))))
 
 
 def expand_braces(text: str) -> list[str]:
@@ -69,6 +84,11 @@ def transient_errors() -> tuple[type[BaseException], ...]:
     names = {"aiohttp": "ClientError", "botocore.exceptions": "BotoCoreError", "requests": "RequestException"}
     loaded = [getattr(sys.modules[module], name) for module, name in names.items() if module in sys.modules]
     return (OSError, TimeoutError, EOFError, *loaded)
+
+
+def is_forbidden(error: BaseException) -> bool:
+    """Whether an error means missing credentials, which no second attempt mends."""
+    return isinstance(error, PermissionError) or getattr(error, "status", 0) in (401, 403)
 
 
 def _refuse_link_local(host: str, url: str) -> None:

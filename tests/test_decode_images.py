@@ -186,7 +186,7 @@ def test_images_of_many_channels(tmp_path):
     options = {"crop": "centre", "crop_fraction": 1.0, "flip": False, "shuffle": "none"}
     with loader_for(path, "cpu", channels=6, batch=3, **options) as loader:
         np.testing.assert_array_equal(next(loader).images.numpy(), np.stack(pixels))
-    with pytest.raises(ValueError, match="6 channels and the model takes 3"):
+    with pytest.raises(ValueError, match="6 channels; the model takes 3"):
         loader_for(path, "cpu")
     with pytest.raises(ValueError, match="decoder=cpu"):
         loader_for(path, "dali", channels=6)
