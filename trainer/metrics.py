@@ -78,7 +78,7 @@ class Metrics:
         self.skipped = 0
         self._pending: list[_Pending] = []
         self._clock, self._waited = time.perf_counter(), 0.0
-        self._peak = _device_peak(world)
+        self._peak = device_peak(world.device)
         self._file: TextIO | None = None
         self._tensorboard: Any = None
         self._wandb: Any = None
@@ -215,8 +215,9 @@ def _peak_memory_gb(world: World) -> float:
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 3)
 
 
-def _device_peak(world: World) -> float | None:
-    if world.device.type != "cuda":
+def device_peak(device: torch.device) -> float | None:
+    """Dense bf16 peak of a device, FLOP/s; None for a CPU and for GPUs that the table does not have."""
+    if device.type != "cuda":
         return None
-    name = torch.cuda.get_device_name(world.device)
+    name = torch.cuda.get_device_name(device)
     return next((peak for part, peak in PEAK_BF16_FLOPS.items() if part in name), None)

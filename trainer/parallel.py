@@ -34,7 +34,6 @@ def distribute(model: nn.Module, config: TrainConfig, world: World) -> nn.Module
         return DistributedDataParallel(
             model,
             device_ids=[world.device.index] if world.device.type == "cuda" else None,
-            broadcast_buffers=False,
             gradient_as_bucket_view=True,
             static_graph=config.accum_steps == 1,  # a backward pass without reduction is another graph
         )

@@ -137,7 +137,7 @@ def _reduce_gradients(model: nn.Module, last: bool) -> None:
     if isinstance(model, DistributedDataParallel):
         model.require_backward_grad_sync = last
     elif hasattr(model, "set_requires_gradient_sync"):  # FSDP2 has made the model's class one of its own
-        model.set_requires_gradient_sync(last)
+        model.set_requires_gradient_sync(last)  # type: ignore[operator]
 
 
 def _micro_batches(batch: Batch, count: int) -> list[tuple[Tensor, MaskPlan]]:

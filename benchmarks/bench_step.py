@@ -1,0 +1,266 @@
+"""The training step against the published one: `python -m benchmarks.bench_step --model b16 --batch 16`.
+
+All variants are built in one process and take turns, so that whatever else the machine does falls on all of them; the
+ratio is that of medians. The published step is the published formulation (published_mae.py) with torch's default AdamW
+and bf16 autocast, attention written out or through SDPA: the faster one counts. Ours draws its masks inside the clock.
+Peak memory is of a process (CPU) that runs one variant alone, or of the allocator (CUDA).
+"""
+
+import argparse
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import cast
+
+import torch
+from torch import nn
+from torch.profiler import ProfilerActivity, profile
+
+from benchmarks.published_mae import PublishedMAE
+from patchmill.pipeline.batch import Batch
+from patchmill.pipeline.masks import MaskConfig, MaskPlan
+from patchmill.trainer.config import ModelConfig
+from patchmill.trainer.mae import MaskedAutoencoder
+from patchmill.trainer.metrics import device_peak, train_flops_per_image
+from patchmill.trainer.optim import build_optimizer, parameter_groups
+from patchmill.trainer.recipes import get_recipe
+from patchmill.trainer.step import Guard, set_learning_rate, update
+from patchmill.trainer.world import World
+
+RECIPES = {"b16": "mae-vit-b16", "l16": "mae-vit-l16", "h14": "mae-vit-h14"}
+MASK = MaskConfig()
+LEARNING_RATE = 1e-4
+Step = Callable[[], None]
+
+
+def published(config: ModelConfig, images: torch.Tensor, attention: str, compiled: bool) -> Step:
+    """The published step on these images, noise drawn anew each time."""
+    torch.manual_seed(0)
+    model: nn.Module = PublishedMAE(config, attention).to(images.device)
+    groups = parameter_groups(model, weight_decay=0.05)
+    optimizer = torch.optim.AdamW(groups, lr=LEARNING_RATE, betas=(0.9, 0.95))
+    forward = torch.compile(model) if compiled else model
+
+    def step() -> None:
+        noise = torch.rand(len(images), config.num_patches, device=images.device)
+        with torch.autocast(images.device.type, dtype=torch.bfloat16):
+            loss = forward(images, noise, MASK.ratio)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    return step
+
+
+def ours(config: ModelConfig, images: torch.Tensor, compiled: bool) -> Step:
+    """Patchmill's step on these images, masks drawn anew each time."""
+    torch.manual_seed(0)
+    model = MaskedAutoencoder(config).to(images.device)
+    optimizer = build_optimizer(model, get_recipe("mae-vit-b16").optim)
+    set_learning_rate(optimizer, LEARNING_RATE)
+    forward: nn.Module = cast(nn.Module, torch.compile(model, fullgraph=True)) if compiled else model
+    world, guard = World(0, 1, images.device), Guard(images.device)
+    ids_B = torch.arange(len(images), device=images.device)
+    epochs = iter(range(1 << 30))
+
+    def step() -> None:
+        epoch = next(epochs)
+        plan = MaskPlan.draw(MASK, seed=0, epoch=epoch, sample_ids_B=ids_B, grid_hw=config.grid_hw)
+        update(
+            forward,
+            optimizer,
+            Batch(images, plan, ids_B, ids_B, epoch, 0),
+            world=world,
+            guard=guard,
+            autocast=torch.bfloat16,
+        )
+
+    return step
+
+
+def variants(config: ModelConfig, images: torch.Tensor, compiled: bool) -> dict[str, Callable[[], Step]]:
+    """Builders of all variants, by name."""
+    table: dict[str, Callable[[], Step]] = {
+        "published explicit": lambda: published(config, images, "explicit", False),
+        "published sdpa": lambda: published(config, images, "sdpa", False),
+        "patchmill": lambda: ours(config, images, False),
+    }
+    if compiled:
+        table["published explicit compiled"] = lambda: published(config, images, "explicit", True)
+        table["published sdpa compiled"] = lambda: published(config, images, "sdpa", True)
+        table["patchmill compiled"] = lambda: ours(config, images, True)
+    return table
+
+
+def measure(steps: dict[str, Step], device: torch.device, rounds: int, per_round: int) -> dict[str, list[float]]:
+    """Seconds a step of every variant in every round; the order turns around from round to round."""
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for number in range(rounds):
+        for name in list(steps)[:: 1 if number % 2 else -1]:
+            _wait(device)
+            start = time.perf_counter()
+            for _ in range(per_round):
+                steps[name]()
+            _wait(device)
+            seconds[name].append((time.perf_counter() - start) / per_round)
+    return seconds
+
+
+def parts(step: Step, config: ModelConfig, device: torch.device) -> dict[str, float]:
+    """Milliseconds of one step's parts, from the profiler: what each kernel's name and shapes say it is for."""
+    activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device.type == "cuda" else [])
+    with profile(activities=activities, record_shapes=True) as seen:
+        step()
+        _wait(device)
+    table: dict[str, float] = {}
+    for event in seen.key_averages(group_by_input_shape=True):
+        cost = event.self_device_time_total if device.type == "cuda" else event.self_cpu_time_total
+        part = _part(event.key, event.input_shapes, config)
+        table[part] = table.get(part, 0.0) + cost / 1e3
+    return dict(sorted(((k, round(v, 2)) for k, v in table.items()), key=lambda item: -item[1]))
+
+
+def _part(name: str, shapes: list, config: ModelConfig) -> str:
+    E = config.decoder_embed_dim
+    decoder = {E, 2 * E, 3 * E, int(E * config.mlp_ratio)}
+    if name in ("aten::mm", "aten::addmm", "aten::linear", "aten::_addmm_activation"):
+        sizes = {size for shape in shapes for size in shape if isinstance(size, int)}
+        return "decoder GEMM" if sizes & decoder else "encoder GEMM"
+    for words, part in (
+        (("bmm", "softmax", "attention", "flash"), "attention"),
+        (("patchmill::masked_loss", "vecdot"), "loss"),
+        (("patchmill::", "index", "sort", "scatter"), "masking"),
+        (("adam", "norm_except", "foreach", "linalg_vector_norm"), "optimizer and guard"),
+    ):
+        if any(word in name for word in words):
+            return part
+    return "pointwise"
+
+
+def peak_memory(name: str, line: list[str]) -> float:
+    """GiB that a process of its own holds at most while it runs one variant (CPU)."""
+    command = [sys.executable, "-m", "benchmarks.bench_step", *line, "--only", name]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return float(done.stdout.split()[-1])
+
+
+def result_folder() -> Path:
+    """$OUT, or benchmarks/results/."""
+    folder = Path(os.environ.get("OUT") or Path(__file__).parent / "results")
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def describe_machine(device: torch.device) -> list[str]:
+    """Lines that say what was run, where and when."""
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
+    return [
+        f"- command: `python -m benchmarks.bench_step {' '.join(sys.argv[1:])}`",
+        f"- commit {commit.stdout.strip() or 'unknown'}, torch {torch.__version__}, Python {sys.version.split()[0]}",
+        f"- {hardware}, {torch.get_num_threads()} threads, {time.strftime('%Y-%m-%d')}",
+    ]
+
+
+def _processor() -> str:
+    models = {
+        line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
+    }
+    return ", ".join(sorted(models))
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def main() -> None:
+    """Runs the benchmark and writes Markdown and JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=RECIPES, default="b16")
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--steps", type=int, default=2, help="steps a variant's turn")
+    parser.add_argument("--compile", action="store_true", help="compiled variants as well (always on a GPU)")
+    parser.add_argument("--only", help="run one variant and print its peak memory")
+    options = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    config = get_recipe(RECIPES[options.model]).model
+    torch.manual_seed(0)
+    images = torch.randint(0, 256, (options.batch, *config.image_hw, config.channels), dtype=torch.uint8, device=device)
+    table = variants(config, images, options.compile or device.type == "cuda")
+    if options.only:
+        step = table[options.only]()
+        for _ in range(3):
+            step()
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
+        return
+    steps, memory = {}, {}
+    for name, build in table.items():
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+            before = torch.cuda.memory_allocated(device)
+        steps[name] = build()
+        for _ in range(3):
+            steps[name]()
+        _wait(device)
+        if device.type == "cuda":
+            memory[name] = (torch.cuda.max_memory_allocated(device) - before) / 2**30
+        else:
+            memory[name] = peak_memory(name, ["--model", options.model, "--batch", str(options.batch), "--compile"])
+    seconds = measure(steps, device, options.rounds, options.steps)
+    _report(options, config, device, seconds, memory, parts(steps["patchmill"], config, device))
+
+
+def _report(
+    options: argparse.Namespace,
+    config: ModelConfig,
+    device: torch.device,
+    seconds: dict[str, list[float]],
+    memory: dict[str, float],
+    part_ms: dict[str, float],
+) -> None:
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    rivals = [name for name in medians if name.startswith("published") and "compiled" not in name]
+    rival = min(rivals, key=medians.__getitem__)
+    flops, peak = train_flops_per_image(config, MASK.ratio), device_peak(device)
+    rows = []
+    for name, median in medians.items():
+        rate = options.batch / median
+        mfu = f"{rate * flops / peak:.1%}" if peak else "-"
+        spread = f"{min(seconds[name]):.4f} to {max(seconds[name]):.4f}"
+        ratio = medians[rival] / median
+        rows.append(f"| {name} | {median:.4f} | {spread} | {rate:.1f} | {mfu} | {memory[name]:.2f} | {ratio:.2f} |")
+    text = "\n".join(
+        [
+            f"# Training step, {RECIPES[options.model]}, batch {options.batch}, bf16, {device.type}",
+            "",
+            *describe_machine(device),
+            "",
+            f"Ratios are against `{rival}`, the faster eager writing of the published step.",
+            "",
+            "| variant | s a step (median) | range | images/s | MFU | peak GiB | ratio |",
+            "|---|---|---|---|---|---|---|",
+            *rows,
+            "",
+            "Parts of one `patchmill` step under the profiler (whose own cost is in them), ms: "
+            + ", ".join(f"{part} {ms:g}" for part, ms in part_ms.items()),
+            "",
+        ]
+    )
+    print(text)
+    name = f"step_{options.model}_{device.type}"
+    folder = result_folder()
+    (folder / f"{name}.md").write_text(text)
+    data = {"options": vars(options), "seconds": seconds, "memory_gib": memory, "parts_ms": part_ms}
+    (folder / f"{name}.json").write_text(json.dumps(data, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,157 @@
+"""Two ranks are one trainer: same losses, same weights, same decisions, whatever shards the model (gloo, CPU)."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from ranks import next_world, run_ranks
+from safetensors.torch import load_file
+
+from patchmill.trainer import checkpoint
+from patchmill.trainer.mae import MAEOutput, MaskedAutoencoder
+from patchmill.trainer.metrics import read_lines, read_metrics
+from patchmill.trainer.pretrain import pretrain
+from patchmill.trainer.recipes import get_recipe, with_options
+from photos import make_dataset
+
+STEPS = 20
+BAD_STEP = 4
+NOT_FINITE = {"nan_run": float("nan"), "inf_run": float("inf")}
+
+
+def config_of(dataset, run, **changes):
+    return with_options(
+        get_recipe("mae-tiny"),
+        data__path=str(dataset),
+        out=str(run),
+        device="cpu",
+        model__image_size=32,
+        model__embed_dim=32,
+        model__depth=2,
+        model__num_heads=2,
+        model__decoder_embed_dim=16,
+        model__decoder_num_heads=2,
+        train__global_batch=8,
+        train__total_steps=STEPS,
+        train__save_every_steps=STEPS // 2,
+        train__log_every_steps=5,
+        train__precision="fp32",
+        train__tensorboard=False,
+        **changes,
+    )
+
+
+def train_on_two_ranks(rank, dataset, folder):
+    """Everything that needs two ranks, in one go: starting processes is what takes the time."""
+    resumed = str(checkpoint.folder(folder / "one", STEPS // 2))
+    for name, changes in {
+        "ddp": {},
+        "fsdp": {"train__parallel": "fsdp"},
+        "hsdp": {"train__parallel": "hsdp", "train__activation_checkpointing": True},
+        "ddp_accumulated": {"train__accum_steps": 2},
+        "fsdp_clipped": {"train__parallel": "fsdp", "optim__clip_grad": 0.5},
+        "ddp_clipped": {"optim__clip_grad": 0.5},
+        "one_to_fsdp": {"resume": resumed, "train__parallel": "fsdp"},
+    }.items():
+        next_world()
+        pretrain(config_of(dataset, folder / name, **changes))
+    for name, value in NOT_FINITE.items():
+        next_world()
+        _with_a_bad_loss_on_rank_1(rank, config_of(dataset, folder / name), value)
+
+
+def _with_a_bad_loss_on_rank_1(rank, config, value):
+    forward, calls = MaskedAutoencoder.forward, iter(range(1, STEPS + 1))
+
+    def bad_forward(self, images, plan):
+        output = forward(self, images, plan)
+        if next(calls) == BAD_STEP and rank == 1:
+            return MAEOutput(output.loss * value, output.pred, output.latent)
+        return output
+
+    MaskedAutoencoder.forward = bad_forward
+    try:
+        pretrain(
+            dataclasses.replace(config, train=dataclasses.replace(config.train, save_every_steps=1, keep_last=STEPS))
+        )
+    finally:
+        MaskedAutoencoder.forward = forward
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """The folder of all runs: one process, one process with accumulation, and those of two ranks."""
+    folder = tmp_path_factory.mktemp("runs")
+    dataset = make_dataset(tmp_path_factory.mktemp("data"), count=40)
+    pretrain(config_of(dataset, folder / "one"))
+    pretrain(config_of(dataset, folder / "accumulated", train__accum_steps=4))
+    run_ranks(2, 9, train_on_two_ranks, dataset, folder)
+    resumed = str(checkpoint.folder(folder / "ddp", STEPS // 2))
+    pretrain(config_of(dataset, folder / "ddp_to_one", resume=resumed))
+    resumed = str(checkpoint.folder(folder / "fsdp", STEPS // 2))
+    pretrain(config_of(dataset, folder / "fsdp_to_one", resume=resumed))
+    return folder
+
+
+def losses(run):
+    return {line["step"]: line["loss"] for line in read_metrics(run)}
+
+
+def weights(run, step=STEPS):
+    return load_file(checkpoint.folder(run, step) / "model.safetensors")
+
+
+def assert_close_runs(one, other):
+    ours, theirs = losses(one), losses(other)
+    assert max(ours) == max(theirs) == STEPS
+    for step in ours.keys() & theirs.keys():
+        # another order of fp32 sums, amplified by twenty updates
+        assert ours[step] == pytest.approx(theirs[step], rel=1e-5), step
+    for (name, a), b in zip(weights(one).items(), weights(other).values(), strict=True):
+        if name.endswith("qkv.bias"):  # the K third has no true gradient: Adam makes steps of its rounding noise
+            dim = len(a) // 3
+            a, b = torch.cat([a[:dim], a[2 * dim :]]), torch.cat([b[:dim], b[2 * dim :]])
+        assert torch.allclose(a, b, rtol=1e-3, atol=2e-5), (name, (a - b).abs().max())
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("one", "ddp"),
+        ("one", "accumulated"),
+        ("ddp", "ddp_accumulated"),
+        ("ddp", "fsdp"),
+        ("ddp", "hsdp"),
+        ("ddp_clipped", "fsdp_clipped"),
+        ("one", "ddp_to_one"),
+        ("one", "fsdp_to_one"),
+        ("one", "one_to_fsdp"),
+    ],
+)
+def test_the_same_run_whatever_carries_it(one, other, runs):
+    assert_close_runs(runs / one, runs / other)
+
+
+def test_sharded_checkpoints_hold_whole_tensors_under_published_names(runs):
+    model = MaskedAutoencoder(config_of("", "").model)
+    saved = weights(runs / "fsdp")
+    assert {name: tensor.shape for name, tensor in saved.items()} == {n: t.shape for n, t in model.state_dict().items()}
+    assert checkpoint.load_model(runs / "fsdp")[0].config == model.config
+
+
+def test_clipping_changes_the_run(runs):
+    assert losses(runs / "ddp")[STEPS] != pytest.approx(losses(runs / "ddp_clipped")[STEPS], rel=1e-5)
+
+
+@pytest.mark.parametrize("name", NOT_FINITE)
+def test_a_bad_loss_on_one_rank_makes_all_ranks_skip_that_step_and_no_other(name, runs):
+    run = runs / name
+    assert [line["step"] for line in read_metrics(run) if line["skipped"]] == [BAD_STEP]
+    for file in ("model.safetensors", "optimizer.safetensors"):
+        before, after = (load_file(checkpoint.folder(run, step) / file) for step in (BAD_STEP - 1, BAD_STEP))
+        assert all(torch.equal(before[name], after[name]) for name in before), file
+    assert not torch.equal(weights(run, BAD_STEP)["mask_token"], weights(run, BAD_STEP + 1)["mask_token"])
+    (entry,) = read_lines(run / "skipped.jsonl")
+    assert (entry["step"], entry["loss"], entry["ranks"], len(entry["samples"])) == (BAD_STEP, None, [1], 4)
+    assert json.loads((run / "status.json").read_text())["state"] == "finished"
