@@ -54,7 +54,7 @@ def test_dali_reads_with_our_index(dataset):
 
     @dali.pipeline_def(batch_size=5, num_threads=1, device_id=None)
     def read():
-        images, labels = fn.readers.webdataset(
+        images, labels = fn.readers.webdataset(  # type: ignore[misc]
             paths=tars(dataset), index_paths=indexes, ext=["jpg;png", "cls"], name="reader"
         )
         return images, labels

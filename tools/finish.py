@@ -7,7 +7,7 @@ part records alone, so that it makes no difference who packed which shard, or wh
 import hashlib
 import io
 import json
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -25,19 +25,6 @@ from patchmill.pipeline.manifest import (
 from patchmill.tools.pack import PixelSums, part_name
 from patchmill.tools.store import PLAN_NAME, Store
 from patchmill.tools.urls import redact
-
-
-@dataclass(frozen=True)
-class Parts:
-    """All part records of a plan, as plan.json describes it."""
-
-    plan: dict[str, Any]
-    records: list[dict[str, Any]]
-
-    @property
-    def bad(self) -> int:
-        """Images that were damaged or no images."""
-        return sum(entry["kind"] == "bad" for record in self.records for entry in record["left_out"])
 
 
 def read_part(store: Store, shard: int) -> dict[str, Any] | None:
@@ -60,61 +47,78 @@ def verified_part(store: Store, shard: int) -> dict[str, Any] | None:
     return record
 
 
-def read_parts(store: Store) -> Parts:
-    """Every part record of the unfinished dataset; ValueError names the shards that are still missing."""
+def read_plan(store: Store) -> dict[str, Any]:
+    """plan.json of an unfinished dataset whose shards are all packed; ValueError names those that are missing."""
     text = store.read_text(PLAN_NAME)
     if text is None:
         raise ValueError(f"{redact(str(store.root))} holds no unfinished dataset: run `patchmill shard` first")
     plan = json.loads(text)
-    records = [read_part(store, shard) for shard in range(plan["shards"])]
-    missing = [str(shard) for shard, record in enumerate(records) if record is None]
+    missing = [str(shard) for shard in range(plan["shards"]) if not store.has(part_name(shard))]
     if missing:
         shown = ", ".join(missing[:10]) + (", ..." if len(missing) > 10 else "")
         raise ValueError(
             f"{len(missing)} of {plan['shards']} shards are not packed yet (numbers {shown}): run the parts with them"
         )
-    return Parts(plan, [record for record in records if record is not None])
+    return plan
 
 
-def finish(store: Store, parts: Parts) -> Manifest:
+def read_parts(store: Store, plan: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The part records in order, one at a time: together they may be larger than memory should be."""
+    for shard in range(plan["shards"]):
+        record = read_part(store, shard)
+        assert record is not None, shard  # read_plan saw it
+        yield record
+
+
+def finish(store: Store, plan: dict[str, Any]) -> Manifest:
     """Renumbers the shards where some are empty, writes the tables, and gives the dataset its name."""
-    kept: list[dict[str, Any]] = []
-    for record in parts.records:
-        if record["rows"]:
-            name = f"shard-{len(kept):06d}.tar"
+    left_out: list[dict[str, str]] = list(plan["left_out"])
+
+    def renumbered() -> Iterator[dict[str, Any]]:
+        count = 0
+        for record in read_parts(store, plan):
+            left_out.extend(record["left_out"])
+            if not record["rows"]:
+                store.delete(record["name"])
+                store.delete(index_name(record["name"]))
+                continue
+            name = f"shard-{count:06d}.tar"
+            count += 1
             if name != record["name"]:
                 store.rename(record["name"], name)
                 store.rename(index_name(record["name"]), index_name(name))
-            kept.append(record | {"name": name})
-        else:
-            store.delete(record["name"])
-            store.delete(index_name(record["name"]))
+            yield record | {"name": name}
+
     manifest = write_tables(
-        store, kept, options=parts.plan["options"], classes=parts.plan["classes"],
-        plan_sha256=parts.plan["fingerprint"],
-        left_out=parts.plan["left_out"] + [entry for record in parts.records for entry in record["left_out"]],
+        store, renumbered(), options=plan["options"], classes=plan["classes"], plan_sha256=plan["fingerprint"],
+        left_out=left_out,
     )  # fmt: skip
     store.publish()
     return manifest
 
 
 def write_tables(
-    store: Store, records: list[dict[str, Any]], *, options: dict[str, Any], classes: list[str], plan_sha256: str,
+    store: Store, records: Iterable[dict[str, Any]], *, options: dict[str, Any], classes: list[str], plan_sha256: str,
     left_out: list[dict[str, str]],
 ) -> Manifest:  # fmt: skip
-    """Writes the sample table, the lists and last the manifest of these shards, in this order."""
-    sums = PixelSums()
-    for record in records:
-        sums.merge(PixelSums(*record["sums"]))
-    samples = np.concatenate([sample_rows(record["rows"], i) for i, record in enumerate(records)])
+    """Writes the sample table, the lists and last the manifest of these shards, in this order.
+
+    `left_out` is written after the records have been read, which may add to it.
+    """
+    sums, shards, tables = PixelSums(), list[ShardInfo](), list[np.ndarray]()
+    with store.writing(NAMES_NAME) as file:
+        for record in records:
+            tables.append(sample_rows(record["rows"], len(shards)))
+            shards.append(ShardInfo(record["name"], len(record["rows"]), record["bytes"], record["sha256"]))
+            sums.merge(PixelSums(*record["sums"]))
+            file.write(json_lines(record["names"]).encode())
+    samples = np.concatenate(tables)
     manifest = make_manifest(
         options=options, classes=classes, samples=samples, sums=sums, quarantined=len(left_out),
-        plan_sha256=plan_sha256,
-        shards=[ShardInfo(r["name"], len(r["rows"]), r["bytes"], r["sha256"]) for r in records],
+        plan_sha256=plan_sha256, shards=shards,
     )  # fmt: skip
     with store.writing(SAMPLES_NAME) as file:
         file.write(samples_bytes(samples))
-    store.write_text(NAMES_NAME, json_lines([name for record in records for name in record["names"]]))
     store.write_text(QUARANTINE_NAME, json_lines(left_out))
     store.write_text(MANIFEST_NAME, manifest.to_json())
     return manifest

@@ -12,7 +12,7 @@ from typing import Any
 
 from patchmill.pipeline.manifest import MANIFEST_NAME, QUARANTINE_NAME, Manifest
 from patchmill.tools.engines import pack_here, pack_in_processes
-from patchmill.tools.finish import finish, json_lines, read_parts, verified_part
+from patchmill.tools.finish import finish, json_lines, read_parts, read_plan, verified_part
 from patchmill.tools.pack import Progress, Stopped
 from patchmill.tools.plan import PackOptions, Plan, ShardTask, make_plan, pending
 from patchmill.tools.sources import Listing
@@ -32,7 +32,6 @@ class Run:
     images: int = 0
     bytes: int = 0
     bad: int = 0
-    resumed_shards: int = 0
     on_progress: Callable[["Run"], None] = field(default=lambda run: None)
 
     def add(self, images: int, size: int, bad: int) -> None:
@@ -63,26 +62,27 @@ def pack_dataset(
     if (finished := finished_before(store, plan)) is not None:
         return finished
     begin(store, plan)
-    done = {shard: record for shard in shards_of(plan, part) if (record := verified_part(store, shard)) is not None}
+    mine = shards_of(plan, part)
     run = Run(
-        total_images=sum(int(plan.starts[s + 1] - plan.starts[s]) for s in shards_of(plan, part)),
-        total_bytes=sum(plan.shard_bytes(s) for s in shards_of(plan, part)),
-        resumed_shards=len(done),
+        total_images=sum(plan.shard_images(shard) for shard in mine),
+        total_bytes=sum(plan.shard_bytes(shard) for shard in mine),
         on_progress=on_progress,
     )
-    for shard, record in done.items():
-        bad = sum(entry["kind"] == "bad" for entry in record["left_out"])
-        run.add(int(plan.starts[shard + 1] - plan.starts[shard]), plan.shard_bytes(shard), bad)
+    done = set()
+    for shard in mine:
+        if (record := verified_part(store, shard)) is not None:
+            done.add(shard)
+            run.add(plan.shard_images(shard), plan.shard_bytes(shard), count_bad(record))
     allowed = max_bad_fraction * run.total_images
 
     def report(images: int, size: int, bad: int) -> bool:
         run.add(images, size, bad)
         return run.bad <= allowed
 
-    todo = len(shards_of(plan, part)) - len(done)
+    todo = len(mine) - len(done)
     try:
         if run.bad <= allowed and todo:
-            _engine(engine, min(workers or processors(), todo))(pending(plan, set(done), *part), store, report)
+            _engine(engine, min(workers or processors(), todo))(pending(plan, done, *part), store, report)
     except Stopped:
         pass  # too many are bad: said below, with examples
     except OSError as error:
@@ -96,19 +96,23 @@ def pack_dataset(
 
 def join(store: Store) -> Manifest:
     """Makes the dataset of an unfinished folder whose shards are all packed."""
-    parts = read_parts(store)
-    if not any(record["rows"] for record in parts.records):
-        examples = _examples([entry for record in parts.records for entry in record["left_out"]])
+    plan = read_plan(store)
+    if not any(record["rows"] for record in read_parts(store, plan)):
+        examples = _examples([entry for record in read_parts(store, plan) for entry in record["left_out"]])
         store.abandon()
-        raise ValueError(f"none of the {parts.plan['images']} images can be packed: {examples}")
+        raise ValueError(f"none of the {plan['images']} images can be packed: {examples}")
     try:
-        return finish(store, parts)
+        return finish(store, plan)
     except OSError as error:
         if is_disk_full(error):
-            raise OSError(
-                f"no room left for the manifest in {shown(store.root)}: make room and give the command again"
-            ) from None
+            remedy = "make room and give the command again"
+            raise OSError(f"no room left for the manifest in {shown(store.root)}: {remedy}") from None
         raise
+
+
+def count_bad(record: dict[str, Any]) -> int:
+    """Images of a part record that were damaged or no images."""
+    return sum(entry["kind"] == "bad" for entry in record["left_out"])
 
 
 def finished_before(store: Store, plan: Plan) -> Manifest | None:

@@ -84,6 +84,10 @@ class Plan:
     def num_shards(self) -> int:
         return len(self.starts) - 1
 
+    def shard_images(self, shard: int) -> int:
+        """Images planned for the shard."""
+        return int(self.starts[shard + 1] - self.starts[shard])
+
     def shard_bytes(self, shard: int) -> int:
         """Bytes of the shard's sources."""
         return int(self.listing.entries["size"][self.order[self.starts[shard] : self.starts[shard + 1]]].sum())

@@ -76,6 +76,10 @@ class LocalStore:
         path = self.root / name
         return path.read_text("utf-8", "surrogateescape") if path.is_file() else None
 
+    def has(self, name: str) -> bool:
+        """Whether a file is there, and so whole."""
+        return (self.root / name).is_file()
+
     def sha256(self, name: str) -> str:
         """Hex digest of a finished file; FileNotFoundError when it is not there."""
         with (self.root / name).open("rb") as file:
@@ -151,6 +155,11 @@ class RemoteStore:
         """The text of a file, None when there is none."""
         fs, path = self._at(name)
         return fs.cat_file(path).decode("utf-8", "surrogateescape") if fs.exists(path) else None
+
+    def has(self, name: str) -> bool:
+        """Whether a file is there, and so whole."""
+        fs, path = self._at(name)
+        return bool(fs.exists(path))
 
     def sha256(self, name: str) -> str:
         """Hex digest of a finished file; FileNotFoundError when it is not there."""
