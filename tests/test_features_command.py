@@ -35,8 +35,9 @@ def checkpoint(tmp_path_factory):
 def expected(dataset):
     """Features of the centre crops in the dataset's order, in one batch."""
     data = DataConfig(path=str(dataset), shuffle="none", crop="centre", flip=False)
-    shape = {"image_size": 32, "patch_size": 8, "channels": 3}
-    with build_loader(data, **shape, mask=MaskConfig(), seed=0, global_batch=22) as loader:
+    with build_loader(
+        data, image_size=32, patch_size=8, channels=3, mask=MaskConfig(), seed=0, global_batch=22
+    ) as loader:
         batch = next(iter(loader))
     assert batch.sample_ids.tolist() == list(range(22))
     with torch.inference_mode():

@@ -1,12 +1,13 @@
 """The encoder as a plain module: the trained model's features on whole images, in PyTorch and in ONNX."""
 
+import dataclasses
 import json
 
 import pytest
 import torch
 from small_models import TINY, WIDE, random_checkpoint
 
-from patchmill.tools import cli
+from patchmill.tools import cli, onnx_export
 from patchmill.trainer.checkpoint import Snapshot, write
 from patchmill.trainer.config import PretrainConfig
 from patchmill.trainer.config_file import to_toml
@@ -15,6 +16,9 @@ from patchmill.trainer.interop import build_encoder, load_encoder, write_checkpo
 from patchmill.trainer.mae import MaskedAutoencoder
 from patchmill.trainer.recipes import with_options
 from patchmill.trainer.weight_files import config_json
+
+# large enough that the exporter keeps the class token and the positions apart instead of folding them into a constant
+LARGER = dataclasses.replace(WIDE, image_size=(64, 96))
 
 
 def uint8_images(config, batch=3):
@@ -46,7 +50,8 @@ def test_features_are_the_models_with_every_patch_kept(config, tmp_path):
 def test_it_shares_the_parameters_of_a_model_in_training():
     _, model = trained(TINY)
     encoder = Encoder(model)
-    assert encoder.blocks[0].mlp.fc1.weight is model.blocks[0].mlp.fc1.weight
+    ours = dict(model.named_parameters())
+    assert all(parameter is ours[name] for name, parameter in encoder.named_parameters())
     assert not [name for name in encoder.state_dict() if name not in model.state_dict()]
 
 
@@ -76,18 +81,20 @@ def test_low_precision_parameters_give_low_precision_features():
 
 
 @pytest.mark.filterwarnings("ignore:.*LeafSpec")  # torch's exporter warns of its own code
-@pytest.mark.parametrize("config", [TINY, WIDE], ids=["square", "wide"])
-def test_onnx_computes_the_same_for_any_batch(config, tmp_path, capsys):
+@pytest.mark.parametrize(("config", "limit"), [(TINY, 2**31), (LARGER, 0)], ids=["one file", "weights beside"])
+def test_onnx_computes_the_same_for_any_batch(config, limit, tmp_path, monkeypatch, capsys):
     pytest.importorskip("onnx", reason="the onnx extra is not installed")
     pytest.importorskip("onnxscript", reason="the onnx extra is not installed")
     onnxruntime = pytest.importorskip("onnxruntime", reason="the onnx extra is not installed")
+    monkeypatch.setattr(onnx_export, "PROTOBUF_LIMIT", limit)
     checkpoint = random_checkpoint(config)
     write_checkpoint(checkpoint, tmp_path / "m.safetensors")
     argv = [str(tmp_path / "m.safetensors"), "--format", "onnx", "--out", str(tmp_path / "onnx")]
     assert cli.run("export", argv) == 0
     assert "onnxruntime agrees with PyTorch within" in capsys.readouterr().out
+    assert (tmp_path / "onnx" / "encoder.onnx.data").exists() == (limit == 0)
     session = onnxruntime.InferenceSession(tmp_path / "onnx" / "encoder.onnx")
-    assert [value.name for value in session.get_outputs()] == ["cls_token", "patches"]
+    assert [value.name for value in session.get_outputs()] == ["class_token", "patch_tokens"]
     for batch in (1, 2, 5):
         images = uint8_images(config, batch)
         with torch.inference_mode():

@@ -34,15 +34,15 @@ def test_export_and_import_give_back_the_very_model(target, config, decoder, tmp
         assert not list(tmp_path.glob(".*"))
         return
     assert cli.run("export", argv) == 0
-    back = ["import", [str(tmp_path / "out"), "--out", str(tmp_path / "back.safetensors")]]
-    assert cli.run(*back) == 0
+    back = [str(tmp_path / "out"), "--out", str(tmp_path / "back.safetensors")]
+    assert cli.run("import", back) == 0
     found = read_checkpoint(tmp_path / "back.safetensors")
     assert found.config == config
     expected = original.tensors if target in WHOLE else encoder_only(original.tensors)
     assert same_bits(found.tensors, expected)
     assert found.has_decoder == (decoder and target in WHOLE)
     assert not list(tmp_path.glob(".*"))
-    assert cli.run(*back) == 2  # nothing is written over
+    assert cli.run("import", back) == 2  # nothing is written over
     assert "exists already" in capsys.readouterr().err
 
 

@@ -9,6 +9,7 @@ import importlib.abc
 import importlib.machinery
 import sys
 import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -41,7 +42,7 @@ class Names(type):
 class Absent(types.ModuleType):
     """A module that has whatever is asked for."""
 
-    __path__ = ()
+    __path__: list[str] = []  # noqa: RUF012 (what makes a module a package)
 
     def __getattr__(self, name):
         if name.startswith("__"):
@@ -90,7 +91,7 @@ def initialised(config, seed=0):
         name: tensor + 0.02 * torch.randn_like(tensor) if tensor.dim() == 1 else tensor
         for name, tensor in tensors.items()
     }
-    return Checkpoint(config, moved, "mae", None, [])
+    return Checkpoint(config, moved, "mae", Path("none"), [])
 
 
 def relative(value, reference):
@@ -181,7 +182,7 @@ def test_timm_gives_the_same_features(timm, config, pool, tmp_path):
             assert relative(theirs(pixels), cls_token) < 1e-5
         else:
             # timm norms the mean of the patches, where the pretrained encoder norms each
-            encoder.norm = torch.nn.Identity()
+            encoder.norm = torch.nn.Identity()  # type: ignore[assignment]
             normed = torch.nn.functional.layer_norm(
                 encoder(images).patches.mean(1), (config.embed_dim,), eps=1e-6,
                 weight=checkpoint.tensors["norm.weight"], bias=checkpoint.tensors["norm.bias"],

@@ -91,7 +91,7 @@ def test_one_channel_computes_what_three_equal_ones_did():
     grey = torch.randn(2, 1, 32, 32, generator=torch.Generator().manual_seed(0))
     single = resized(original, channels=1)
     torch.testing.assert_close(encode(single, grey), encode(original, grey.expand(-1, 3, -1, -1)), rtol=1e-5, atol=1e-5)
-    assert single.config.mean == (pytest.approx(sum(TINY.mean) / 3),)
+    assert list(single.config.mean) == [pytest.approx(sum(TINY.mean) / 3)]
 
 
 def test_repeated_channels_compute_what_the_originals_did():

@@ -27,7 +27,7 @@ USAGE = {
     "mmseg": 'backbone = dict(type="MAE", init_values=1.0, '
     'init_cfg=dict(type="Pretrained", checkpoint="THIS_FOLDER/model.pth"))',
     "onnx": 'session = onnxruntime.InferenceSession("THIS_FOLDER/encoder.onnx")\n'
-    'cls_token, patches = session.run(None, {{"images": images}})  # uint8 [B, H, W, C], any B',
+    'class_token, patch_tokens = session.run(None, {{"images": images}})  # uint8 [B, H, W, C], any B',
 }
 
 

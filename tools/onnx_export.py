@@ -1,7 +1,7 @@
 """encoder -> [onnx_export] -> encoder.onnx, compared with the module it came from.
 
 The graph takes uint8 [B, H, W, C] images, any B, and normalises them itself: whoever runs it cannot get the constants
-wrong, and a quarter of the bytes travel. Outputs: cls_token [B, D] and patches [B, L, D], fp32.
+wrong, and a quarter of the bytes travel. Outputs: class_token [B, D] and patch_tokens [B, L, D], fp32.
 """
 
 import importlib.util
@@ -13,6 +13,8 @@ import torch
 from patchmill.trainer.encoder import Encoder
 
 FILE = "encoder.onnx"
+OUTPUTS = ["class_token", "patch_tokens"]
+"""no names of parameters, which are names of the graph too"""
 TOLERANCE = 1e-4
 """largest difference from PyTorch, relative to the largest feature: fp32 sums in another order"""
 PROTOBUF_LIMIT = 2**31 - 2**24
@@ -38,7 +40,7 @@ def export_onnx(encoder: Encoder, folder: Path) -> float:
         (example,),
         dynamo=True,
         input_names=["images"],
-        output_names=["cls_token", "patches"],
+        output_names=OUTPUTS,
         dynamic_shapes=({0: torch.export.Dim("batch")},),
         verbose=False,
     )
@@ -68,7 +70,7 @@ def compare_onnx(encoder: Encoder, path: Path) -> float:
         images = torch.randint(0, 256, (batch, *c.image_hw, c.channels), dtype=torch.uint8, generator=generator)
         with torch.inference_mode():
             expected = encoder(images)
-        found = session.run(["cls_token", "patches"], {"images": images.numpy()})
+        found = session.run(OUTPUTS, {"images": images.numpy()})
         for ours, theirs in zip(expected, found, strict=True):
             difference = (ours - torch.from_numpy(theirs)).abs().max() / ours.abs().max()
             worst = max(worst, difference.item())
