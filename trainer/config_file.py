@@ -7,25 +7,32 @@ import dataclasses
 import tomllib
 import typing
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import dacite
 import tomli_w
 
 from patchmill.trainer.config import PretrainConfig
 
+Config = TypeVar("Config")
 
-def to_toml(config: PretrainConfig) -> str:
-    """The config as TOML text."""
+
+def to_toml(config: Any) -> str:
+    """A config (any frozen dataclass of ours) as TOML text."""
     return tomli_w.dumps(_plain(config))
 
 
 def from_toml(path: str | Path) -> PretrainConfig:
-    """Reads what `to_toml` wrote. Raises ValueError naming the file and the key that is unknown or ill-typed."""
+    """Reads a pretraining run's config.toml. Raises ValueError naming the file and the key that is wrong."""
+    return read_toml(path, PretrainConfig)
+
+
+def read_toml(path: str | Path, kind: type[Config]) -> Config:
+    """Reads what `to_toml` wrote of a config of that kind. Raises ValueError as `from_toml`."""
     try:
         table = tomllib.loads(Path(path).read_text(encoding="utf-8"))
         # tuples are arrays in TOML; an array stays a list only where the field wants a list
-        return dacite.from_dict(PretrainConfig, _unset(PretrainConfig, _tuples(table)), dacite.Config(strict=True))
+        return dacite.from_dict(kind, _unset(kind, _tuples(table)), dacite.Config(strict=True))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is no TOML: {error}; give the config.toml of a run") from error
     except dacite.DaciteError as error:

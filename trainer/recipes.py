@@ -7,6 +7,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+from patchmill.trainer.cifar_recipes import CIFAR_PRETRAIN
 from patchmill.trainer.config import ModelConfig, OptimConfig, PretrainConfig, TrainConfig
 
 
@@ -50,6 +51,7 @@ RECIPES: dict[str, Callable[[], PretrainConfig]] = {
     "mae-vit-b16": mae_vit_b16,
     "mae-vit-l16": mae_vit_l16,
     "mae-vit-h14": mae_vit_h14,
+    **CIFAR_PRETRAIN,
 }
 
 

@@ -1,0 +1,76 @@
+"""patchmill finetune: checkpoint + labelled shards -> a classifier; whole, partial, or from scratch."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from patchmill.tools import cli
+from patchmill.tools.eval_cli import fit_bar, is_first, parse, print_report
+from patchmill.trainer.eval_config import FinetuneConfig
+from patchmill.trainer.eval_pictures import write_sweep
+from patchmill.trainer.eval_recipes import FINETUNE_RECIPES
+from patchmill.trainer.eval_report import Report
+from patchmill.trainer.finetune import finetune, sweep
+from patchmill.trainer.fit import Progress
+
+TEXT = """\
+Trains encoder and classifier on labelled shards, as published; or the last blocks only, or from random weights.
+
+  patchmill finetune --recipe finetune-vit-b16 --subject.checkpoint runs/b16 --data.path train/ --test.path val/
+  patchmill finetune --subject.checkpoint runs/b16 --partial 0 0.5 1 2 4 6 12 --data.path train/ --test.path val/
+  patchmill finetune --recipe scratch-vit-b16 --data.path train/ --test.path val/ --out runs/scratch
+  torchrun --nproc-per-node 8 -m patchmill.tools.finetune --subject.checkpoint runs/b16 --data.path train/ ...
+
+--recipe NAME ({names}; without one {default}) or --config FILE (config.toml of a run) gives the defaults below.
+--partial N ... fine-tunes the last N blocks for each N (Figure 9; 0.5: the MLP of the last one, 0: last norm and head).
+The same command again continues a run that was stopped. Results go to RUN/finetune (RUN/partial), or to --out.
+"""
+
+
+def main(argv: list[str]) -> int:
+    """Runs the command; 0 when it ended in order, a stop by a signal included."""
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--partial", nargs="+")
+    chosen, rest = first.parse_known_args(argv)
+    config = parse(rest, FinetuneConfig, FINETUNE_RECIPES, prog="patchmill finetune", text=TEXT)
+    if chosen.partial:
+        return _sweep(config, _blocks(chosen.partial))
+    with fit_bar("fine-tune") as draw:
+        report = finetune(config, draw)
+    print_report(report)
+    return 0
+
+
+def _blocks(values: list[str]) -> list[float]:
+    try:
+        return sorted({float(value) for value in values})
+    except ValueError:
+        raise ValueError(f"--partial {' '.join(values)}: give numbers of blocks, such as 0 0.5 1 2 4") from None
+
+
+def _sweep(config: FinetuneConfig, blocks: list[float]) -> int:
+    with fit_bar("partial") as draw:
+
+        def shown(number: float, progress: Progress) -> None:
+            done = blocks.index(number) * progress.total_steps
+            draw(Progress(done + progress.step, len(blocks) * progress.total_steps, progress.history))
+
+        reports = sweep(config, blocks, shown)
+    for report in reports:
+        print_report(report)
+    finished = [report for report in reports if not report.interrupted]
+    if finished and is_first():
+        print(f"figure: {_draw(finished)}")
+    return 0
+
+
+def _draw(reports: list[Report]) -> Path:
+    """Writes sweep.png beside the runs' folders."""
+    points = [(float(report.run.name.removeprefix("blocks-")), report.results["top1"]) for report in reports]
+    path = reports[0].run.parent / "sweep.png"
+    write_sweep({reports[0].results["start"]: points}, path)
+    return path
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run("finetune", sys.argv[1:]))

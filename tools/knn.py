@@ -1,0 +1,39 @@
+"""patchmill knn: checkpoint + labelled shards -> accuracy of the nearest neighbours in feature space."""
+
+import sys
+from pathlib import Path
+
+import tyro
+
+from patchmill.tools import cli
+from patchmill.tools.eval_cli import is_first, print_results
+from patchmill.trainer.eval_config import KnnConfig
+from patchmill.trainer.eval_report import common_results, open_folder, write_scores
+from patchmill.trainer.knn import run_knn
+from patchmill.trainer.labelled import open_labelled
+from patchmill.trainer.subject import default_out, open_subject
+from patchmill.trainer.world import joined_world
+
+
+def main(argv: list[str]) -> int:
+    """Runs the command."""
+    config = tyro.cli(tyro.conf.AvoidSubcommands[KnnConfig], prog="patchmill knn", args=argv)
+    test = open_labelled(config.test.path, "test.path")
+    subject = open_subject(config.subject, config.seed)
+    run = Path(config.out) if config.out else default_out(subject.file, "knn", subject.start)
+    with joined_world(config.device) as world:
+        open_folder(run, config, world)
+        scores = run_knn(config, subject, world)
+    first = scores[config.neighbours[0]]
+    results = common_results("knn", subject, config.seed, test, first)
+    results |= {"pool": config.pool, "by_neighbours": {str(k): each.plain() for k, each in scores.items()}}
+    if is_first():
+        write_scores(run, results, first, test.classes)
+        print_results(run, results)
+        others = ", ".join(f"k {k}: {each.top1:.2%}" for k, each in scores.items())
+        print(f"by number of neighbours: {others}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run("knn", sys.argv[1:]))

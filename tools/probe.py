@@ -1,0 +1,34 @@
+"""patchmill probe: checkpoint + labelled shards -> accuracy of a linear classifier on frozen features."""
+
+import sys
+
+from patchmill.tools import cli
+from patchmill.tools.eval_cli import fit_bar, parse, print_report
+from patchmill.trainer.eval_config import ProbeConfig
+from patchmill.trainer.eval_recipes import PROBE_RECIPES
+from patchmill.trainer.probe import probe
+
+TEXT = """\
+Trains a linear classifier on frozen features, as published (class token, BatchNorm without affine, LARS).
+
+  patchmill probe --subject.checkpoint runs/b16 --data.path train/ --test.path val/
+  patchmill probe --recipe probe-cifar-nano --subject.checkpoint runs/nano --data.path train/ --test.path test/
+  patchmill probe --subject.checkpoint runs/b16 --subject.random-init --data.path train/ --test.path val/
+  torchrun --nproc-per-node 8 -m patchmill.tools.probe --subject.checkpoint runs/b16 --data.path train/ --test.path val/
+
+--recipe NAME ({names}; without one {default}) or --config FILE (config.toml of a run) gives the defaults below.
+The same command again continues a run that was stopped. Results go to RUN/probe, or to --out.
+"""
+
+
+def main(argv: list[str]) -> int:
+    """Runs the command; 0 when it ended in order, a stop by a signal included."""
+    config = parse(argv, ProbeConfig, PROBE_RECIPES, prog="patchmill probe", text=TEXT)
+    with fit_bar("probe") as draw:
+        report = probe(config, draw)
+    print_report(report)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run("probe", sys.argv[1:]))

@@ -1,0 +1,124 @@
+"""patchmill results: folders of runs -> one Markdown table of what their features are worth.
+
+Every results.json below the folder is one number. A row is a pretraining run (or random or no weights); runs whose
+folders differ only in a trailing -s<seed> are one row, with mean and standard deviation.
+"""
+
+import json
+import re
+import statistics
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from patchmill.tools import cli
+from patchmill.trainer.eval_pictures import write_sweep
+from patchmill.trainer.eval_report import RESULTS
+
+ORDER = ("knn", "probe", "finetune")
+"""protocols that come first, in this order; partial fine-tuning follows by number of blocks"""
+
+
+@dataclass(frozen=True)
+class ResultsConfig:
+    """Gathers the results of all runs below a folder into a Markdown table.
+
+    Example:
+        patchmill results runs/ --out results.md --figure partial.png
+    """
+
+    folder: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="FOLDER")]
+    """where to look for results.json"""
+    out: str = ""
+    """Markdown file to write; unset: print"""
+    figure: str = ""
+    """PNG of partial fine-tuning, a line for each row; unset: none"""
+
+
+def main(argv: list[str]) -> int:
+    """Runs the command."""
+    config = tyro.cli(ResultsConfig, prog="patchmill results", args=argv)
+    table = gather(Path(config.folder))
+    if not table:
+        raise ValueError(f"no {RESULTS} below {config.folder}; `patchmill knn`, `probe` and `finetune` write them")
+    text = to_markdown(table)
+    if config.out:
+        Path(config.out).write_text(text, encoding="utf-8")
+        print(f"wrote {config.out}: {len(table)} rows")
+    else:
+        print(text, end="")
+    if config.figure:
+        _draw(table, Path(config.figure))
+    return 0
+
+
+def gather(folder: Path) -> dict[str, dict[str, list[float]]]:
+    """row -> protocol -> top-1 of each seed, in the order of paths. ValueError for a file that is none of ours."""
+    table: dict[str, dict[str, list[float]]] = {}
+    for path in sorted(folder.rglob(RESULTS)):
+        try:
+            results = json.loads(path.read_text(encoding="utf-8"))
+            row, protocol, top1 = row_name(results), results["protocol"], float(results["top1"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} is no result of ours ({error!r}); move it elsewhere") from error
+        table.setdefault(row, {}).setdefault(protocol, []).append(top1)
+    return table
+
+
+def row_name(results: dict[str, Any]) -> str:
+    """What a result's row is called: the pretraining run without its seed, and how the weights began."""
+    if results["start"] == "scratch":
+        return "from scratch"
+    name = results.get("pretrained", {}).get("run") or Path(results["checkpoint"]).stem
+    name = re.sub(r"-s(eed)?\d+$", "", name)
+    return name if results["start"] == "pretrained" else f"{name}, {results['start']} weights"
+
+
+def to_markdown(table: dict[str, dict[str, list[float]]]) -> str:
+    """The table, percent; `mean ± standard deviation (n)` where there are several seeds."""
+    protocols = sorted({name for row in table.values() for name in row}, key=_place)
+    lines = ["| top-1 (%) | " + " | ".join(protocols) + " |", "|---" * (len(protocols) + 1) + "|"]
+    for name, row in sorted(table.items()):
+        lines.append(f"| {name} | " + " | ".join(_cell(row.get(protocol, [])) for protocol in protocols) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _cell(values: list[float]) -> str:
+    if not values:
+        return "-"
+    mean = 100 * statistics.mean(values)
+    if len(values) == 1:
+        return f"{mean:.2f}"
+    return f"{mean:.2f} ± {100 * statistics.stdev(values):.2f} ({len(values)})"
+
+
+def _place(protocol: str) -> tuple[int, float, str]:
+    if protocol in ORDER:
+        return ORDER.index(protocol), 0.0, protocol
+    blocks = _blocks(protocol)
+    return (len(ORDER) + 1, 0.0, protocol) if blocks is None else (len(ORDER), blocks, protocol)
+
+
+def _blocks(protocol: str) -> float | None:
+    found = re.fullmatch(r"partial-([0-9.]+)", protocol)
+    return float(found[1]) if found else None
+
+
+def _draw(table: dict[str, dict[str, list[float]]], path: Path) -> None:
+    lines = {}
+    for name, row in sorted(table.items()):
+        points = [(_blocks(p), statistics.mean(v)) for p, v in row.items()]
+        kept = [(blocks, top1) for blocks, top1 in points if blocks is not None]
+        if kept:
+            lines[name] = kept
+    if not lines:
+        raise ValueError("no partial fine-tuning among the results; leave --figure out")
+    write_sweep(lines, path)
+    print(f"wrote {path}")
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run("results", sys.argv[1:]))

@@ -1,0 +1,83 @@
+"""results -> [eval_pictures] -> PNG: accuracy over epochs, confusion, and accuracy over tuned blocks (Figure 9)."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+BLUE, AMBER, GREY = "#1f4e8c", "#c98a2b", "#7a8594"
+NAMED_CLASSES = 30
+"""up to so many classes are named on a confusion matrix"""
+NUMBERED_CLASSES = 12
+"""up to so many classes have their shares written into the cells"""
+
+
+def write_curve(history: list[dict[str, float]], path: Path, title: str) -> None:
+    """Writes a PNG of test accuracy and training loss over the epochs."""
+    figure, axes = _figure()
+    tested = [entry for entry in history if "top1" in entry]
+    axes.plot([e["epoch"] for e in tested], [100 * e["top1"] for e in tested], color=BLUE, marker=".", label="top-1")
+    axes.plot([e["epoch"] for e in tested], [100 * e["top5"] for e in tested], color=BLUE, alpha=0.4, label="top-5")
+    axes.set(xlabel="epoch", ylabel="test accuracy (%)", title=title)
+    axes.grid(alpha=0.25)
+    loss = axes.twinx()
+    loss.plot([e["epoch"] for e in history], [e["loss"] for e in history], color=AMBER, linestyle=":", label="loss")
+    loss.set_ylabel("training loss")
+    axes.legend(handles=[*axes.get_lines(), *loss.get_lines()], loc="center right")
+    _save(figure, path)
+
+
+def write_confusion(confusion_AA: Tensor, classes: list[str], path: Path, title: str) -> None:
+    """Writes a PNG of the confusion matrix, each row (true class) in shares of its images."""
+    shares = confusion_AA.double().numpy()
+    shares = shares / np.maximum(shares.sum(1, keepdims=True), 1)
+    figure, axes = _figure((6.5, 5.5))
+    image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    axes.set(xlabel="found", ylabel="true", title=title)
+    if len(classes) <= NAMED_CLASSES:
+        axes.set_xticks(range(len(classes)), classes, rotation=60, ha="right", rotation_mode="anchor")
+        axes.set_yticks(range(len(classes)), classes)
+    if len(classes) <= NUMBERED_CLASSES:
+        for row, column in np.ndindex(*shares.shape):
+            shade = "white" if shares[row, column] > 0.5 else "black"
+            axes.text(column, row, f"{shares[row, column]:.0%}", ha="center", va="center", color=shade, fontsize=7)
+    figure.colorbar(image, label="share of the true class")
+    _save(figure, path)
+
+
+def write_sweep(lines: dict[str, list[tuple[float, float]]], path: Path) -> None:
+    """Writes a PNG of top-1 (0 to 1) over tuned blocks, one line a name (He et al. 2021, Figure 9).
+
+    Args:
+        lines: name -> (blocks, top-1), in any order; blocks stand at even distances, as in the paper.
+    """
+    figure, axes = _figure()
+    ticks = sorted({blocks for points in lines.values() for blocks, _ in points})
+    for color, (name, points) in zip((BLUE, GREY, AMBER, "#2f7d4f", "#8c2f39") * 4, lines.items(), strict=False):
+        placed = sorted((ticks.index(blocks), 100 * top1) for blocks, top1 in points)
+        axes.plot(*zip(*placed, strict=True), color=color, marker="o", label=name)
+        for x, y in placed:
+            axes.annotate(f"{y:.1f}", (x, y), textcoords="offset points", xytext=(0, 7), ha="center", fontsize=8)
+    axes.set_xticks(range(len(ticks)), [f"{blocks:g}" for blocks in ticks])
+    axes.set(xlabel="blocks fine-tuned", ylabel="top-1 accuracy (%)", title="Partial fine-tuning")
+    axes.margins(y=0.12)
+    axes.grid(alpha=0.25)
+    axes.legend()
+    _save(figure, path)
+
+
+def _figure(size: tuple[float, float] = (8, 4.5)) -> tuple[Any, Any]:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot.subplots(figsize=size, dpi=120, layout="constrained")
+
+
+def _save(figure: Any, path: Path) -> None:
+    from matplotlib import pyplot
+
+    figure.savefig(path)
+    pyplot.close(figure)
