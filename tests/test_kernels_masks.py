@@ -46,7 +46,12 @@ def test_a_mask_is_a_function_of_seed_epoch_sample_and_repeat_alone():
     base = mask_indices(1, 2, samples, 196, 49)[0]
     picked = mask_indices(1, 2, samples[[9, 3]], 196, 49)[0]
     assert torch.equal(picked, base[[9, 3]])
-    others = [(2, 2, samples, None), (1 + 2**32, 2, samples, None), (1, 3, samples, None), (1, 2, samples + 64, None)]
+    others: list[tuple[int, int, torch.Tensor, torch.Tensor | None]] = [
+        (2, 2, samples, None),
+        (1 + 2**32, 2, samples, None),
+        (1, 3, samples, None),
+        (1, 2, samples + 64, None),
+    ]
     others.append((1, 2, samples, torch.ones_like(samples)))
     for seed, epoch, ids_B, repeats_B in others:
         other = mask_indices(seed, epoch, ids_B, 196, 49, repeats_B)[0]

@@ -23,16 +23,19 @@ words = st.integers(0, 2**32 - 1)
 
 @pytest.mark.parametrize(("counter", "key", "expected"), VECTORS, ids=["zeros", "ones", "pi"])
 def test_published_vectors(counter, key, expected):
-    assert tuple(int(w) for w in philox_numpy(*counter, key)) == expected
-    assert tuple(int(w) for w in philox_torch(*(torch.tensor(c) for c in counter), key)) == expected
+    c0, c1, c2, c3 = counter
+    assert tuple(int(w) for w in philox_numpy(c0, c1, c2, c3, key)) == expected
+    t0, t1, t2, t3 = (torch.tensor(c) for c in counter)
+    assert tuple(int(w) for w in philox_torch(t0, t1, t2, t3, key)) == expected
 
 
 @settings(deadline=None)
 @given(st.lists(st.tuples(words, words, words, words), min_size=1, max_size=9), words, words)
 def test_torch_and_numpy_give_equal_bits(counters, k0, k1):
-    columns = np.array(counters, dtype=np.int64).T
-    expected = philox_numpy(*columns, (k0, k1))
-    found = philox_torch(*(torch.from_numpy(c.copy()) for c in columns), (k0, k1))
+    c0, c1, c2, c3 = np.array(counters, dtype=np.int64).T
+    expected = philox_numpy(c0, c1, c2, c3, (k0, k1))
+    t0, t1, t2, t3 = torch.tensor(counters).T
+    found = philox_torch(t0, t1, t2, t3, (k0, k1))
     for e, f in zip(expected, found, strict=True):
         np.testing.assert_array_equal(e.astype(np.int64), f.numpy())
 

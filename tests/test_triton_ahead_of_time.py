@@ -1,6 +1,7 @@
 """Every Triton kernel compiles to machine code for sm_80, sm_90 and sm_100 without a GPU, and does not spill."""
 
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 import torch
@@ -32,7 +33,7 @@ def model_launches(patch: int, size: int, width: int, dtype: torch.dtype) -> dic
     token, pred = meta(DECODER, dtype=torch.float32), meta(BATCH, patches - kept, 3 * patch * patch, dtype=dtype)
     decoded, queries = meta(BATCH, 1 + patches, DECODER, dtype=dtype), meta(BATCH, patches - kept, DECODER, dtype=dtype)
     gather, shuffle, loss = gather_triton, unshuffle_triton, masked_loss_triton
-    calls = (
+    calls: tuple[tuple[Any, ...], ...] = (
         (gather, "gather_patches", images, keep, patch, MEAN, STD, dtype),
         (gather, "gather_tokens", meta(BATCH, 1 + patches, width, dtype=dtype), keep, pos, 1),
         (gather, "gather_tokens", decoded, mask, None, 1),
