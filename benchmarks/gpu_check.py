@@ -3,8 +3,8 @@
     make gpu-check                                  # in a checkout
     PYTHON=python3 NO_VENV=1 make gpu-check         # on a GPU machine that has torch and triton and nothing else
 
-Each stage is a process of its own with a time limit, so that one that fails or hangs costs no other its result. Logs and
-results go to $OUT, or to benchmarks/results/. Without a GPU it says so and does nothing.
+Each stage is a process of its own with a time limit, so that one that fails or hangs costs no other its result. Logs
+and results go to $OUT, or to benchmarks/results/. Without a GPU it says so and does nothing.
 """
 
 import os
