@@ -112,7 +112,10 @@ def write(run: Path, step: int, snapshot: Snapshot) -> Path:
 
 
 def prune(run: Path, keep_last: int, keep_every_steps: int | None = None) -> None:
-    """Deletes all but the newest `keep_last` checkpoints and those of every `keep_every_steps`-th step."""
+    """Deletes all but the newest `keep_last` checkpoints, those of every `keep_every_steps`-th step, and what a kill
+    left of one that was being written."""
+    for path in (run / "checkpoints").glob(".step-*.tmp"):
+        shutil.rmtree(path)
     for path in all_checkpoints(run)[:-keep_last]:
         if keep_every_steps is None or step_of(path) % keep_every_steps:
             shutil.rmtree(path)
@@ -146,10 +149,10 @@ def newest_valid(run: Path) -> tuple[Path | None, list[Damage]]:
 
 def find_damage(path: Path) -> str | None:
     """Why a checkpoint folder cannot be trusted, or None when every file has the sum it was written with."""
-    try:
-        written, found = (path / SUMS).read_bytes(), _sums(path).encode()
-    except FileNotFoundError as error:
-        return f"{Path(str(error.filename)).name} is missing"
+    for name in (*FILES, SUMS):
+        if not (path / name).is_file():
+            return f"{name} is missing"
+    written, found = (path / SUMS).read_bytes(), _sums(path).encode()
     if written == found:
         return None
     lines = written.decode(errors="replace").splitlines()
@@ -235,7 +238,9 @@ def load_model(path: str | Path) -> tuple[MaskedAutoencoder, Path]:
         ValueError: no checkpoint there, or a damaged or foreign one; the message says which and what to do.
     """
     path = find_model_file(path)
-    model = MaskedAutoencoder(read_model_config(path))
+    config = read_model_config(path)
+    _check_size(config, path)
+    model = MaskedAutoencoder(config)
     load_weights(path, model)
     return model.eval(), path
 
@@ -291,6 +296,15 @@ def parse_model_config(text: str, where: Path) -> ModelConfig:
         return ModelConfig(**fields)
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"the model config in the header of {where} cannot be used: {error}") from error
+
+
+def _check_size(config: ModelConfig, path: Path) -> None:
+    """Refuses a header that claims a larger model than the file holds, before memory is taken for it."""
+    c = config
+    stacks = ((c.embed_dim, c.depth), (c.decoder_embed_dim, c.decoder_depth))
+    values = sum(d * (c.patch_dim + c.num_patches + depth * d * (4 + 2 * c.mlp_ratio)) for d, depth in stacks)
+    if not 0 < values <= path.stat().st_size:  # a value takes more than a byte
+        raise ValueError(f"the header of {path} claims a larger model than the file holds; take another checkpoint")
 
 
 def load_weights(path: Path, model: nn.Module) -> None:
