@@ -6,7 +6,10 @@ import numpy as np
 import pytest
 from faults import Case, all_cases, write_folder
 
+from patchmill.pipeline.data_config import DataConfig
+from patchmill.pipeline.loader import build_loader
 from patchmill.pipeline.manifest import QUARANTINE_NAME, ImageFormat, open_dataset
+from patchmill.pipeline.masks import MaskConfig
 from patchmill.tools.normalise import Packed, Policy, Rejected, decode, normalise
 from patchmill.tools.pack_dataset import pack_dataset
 from patchmill.tools.samples import read_bytes
@@ -79,3 +82,18 @@ def test_table_holds_what_was_packed(tmp_path):
         assert (row["height"], row["width"]) == case.pixels.shape[:2]
         pixels = decode(read_bytes(dataset, i), ImageFormat(row["format"]))
         assert mean_difference(pixels, case.pixels) <= case.tolerance
+
+
+@pytest.mark.parametrize("decoder", ["cpu", "dali"])
+def test_loader_needs_no_replacement(tmp_path, decoder):
+    """Training reads what was packed of all these files without one sample that it must replace."""
+    if decoder == "dali":
+        pytest.importorskip("nvidia.dali", reason="the extra `dali` is not installed")
+    pack_dataset(list_folder(write_folder(tmp_path / "in", CASES)), tmp_path / "out")
+    config = DataConfig(path=str(tmp_path / "out"), decoder=decoder, workers=1)
+    with build_loader(
+        config, image_size=32, patch_size=16, channels=3, mask=MaskConfig(), seed=0, global_batch=1
+    ) as loader:
+        seen = {int(next(loader).sample_ids[0]) for _ in range(loader.steps_per_epoch)}
+        assert loader.bad_samples == 0
+    assert seen == set(range(len(open_dataset(tmp_path / "out"))))
