@@ -49,6 +49,7 @@ class CpuDecoder:
     ) -> None:
         self.feeder = feeder
         self.shape = (feeder.local_batch, *image_size, channels)
+        self.size_hw = list(image_size)
         self.resize = INTERPOLATIONS[interpolation]
         self.workers = workers
         self.batches_ahead = batches_ahead
@@ -81,15 +82,9 @@ class CpuDecoder:
 
     def _resize(self, image: ImageHWC, window: list[int], flip: bool, out_HWC: Tensor) -> None:
         top, left, height, width = window
-        crop = torch.from_numpy(image)[top : top + height, left : left + width]
         # Permuted from NHWC with a batch axis, both sides look channels-last to torch: its fast path, without a copy.
-        self.resize(
-            crop[None].permute(0, 3, 1, 2),
-            list(self.shape[1:3]),
-            False,
-            None,
-            None,
-            out=out_HWC[None].permute(0, 3, 1, 2),
-        )
+        crop = image[None, top : top + height, left : left + width].transpose(0, 3, 1, 2)
+        out = out_HWC[None].permute(0, 3, 1, 2)
+        self.resize(torch.from_numpy(crop), self.size_hw, False, None, None, out=out)
         if flip:
             out_HWC.copy_(out_HWC.flip(1))

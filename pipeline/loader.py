@@ -21,7 +21,7 @@ from torch import Tensor
 
 from patchmill.pipeline.batch import Batch
 from patchmill.pipeline.colour import jitter, jitter_factors
-from patchmill.pipeline.data_config import DataConfig
+from patchmill.pipeline.data_config import DataConfig as DataConfig
 from patchmill.pipeline.decode_cpu import CpuDecoder
 from patchmill.pipeline.decode_dali import DaliDecoder
 from patchmill.pipeline.feed import StepPlan

@@ -13,8 +13,9 @@ from patchmill.pipeline.loader import DataConfig, build_loader
 from patchmill.pipeline.masks import MaskConfig
 from photos import make_dataset, photo_crop
 
-# 12 crops of the photograph `coffee` (photo_crop, seed 0, sides 40 to 90), by FFCV's DatasetWriter with RGBImageField(write_mode="smart",
-# smart_threshold=9000, jpeg_quality=90), a FloatField and an IntField: small ones are raw, large ones JPEG.
+# 12 crops of the photograph `coffee` (photo_crop, seed 0, sides 40 to 90), by FFCV's DatasetWriter with
+# RGBImageField(write_mode="smart", smart_threshold=9000, jpeg_quality=90), a FloatField and an IntField: small ones are
+# raw, large ones JPEG.
 STORED = Path(__file__).parent / "golden" / "ffcv_photos.beton.gz"
 SAMPLES = 12
 
