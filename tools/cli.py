@@ -16,6 +16,8 @@ COMMANDS = {
     "merge": "finish a dataset that was packed in parts, or join datasets",
     "convert": "write a dataset as class folders or as one .beton file",
     "pretrain": "pretrain a masked autoencoder on shards",
+    "launch": "write a torchrun or SLURM script for pretraining on many GPUs",
+    "runs": "list runs with their state",
     "reconstruct": "draw masked | reconstruction | original for a checkpoint",
     "knn": "classify by nearest neighbours in feature space",
     "probe": "train a linear classifier on frozen features",

@@ -116,7 +116,7 @@ def report(summary: Summary) -> None:
     if "mfu" in last:
         table.add_row("MFU", f"{last['mfu']:.1%}")
     if summary.skipped_updates:
-        table.add_row("left out", f"{summary.skipped_updates} updates with a non-finite gradient")
+        table.add_row("left out", f"{summary.skipped_updates} updates, listed in {summary.run / 'skipped.jsonl'}")
     if summary.bad_samples:
         table.add_row("bad images", f"{summary.bad_samples}, listed in {summary.run / 'quarantine.jsonl'}")
     table.add_row("metrics", str(summary.run / "metrics.jsonl"))

@@ -26,6 +26,27 @@ def mae_vit_h14() -> PretrainConfig:
     return PretrainConfig(model=ModelConfig(patch_size=14, embed_dim=1280, depth=32, num_heads=16))
 
 
+def mae_vit_h14_448() -> PretrainConfig:
+    """ViT-H/14 at 448 px: four times the patches; blocks recompute their activations so that a useful batch fits."""
+    model = ModelConfig(image_size=448, patch_size=14, embed_dim=1280, depth=32, num_heads=16)
+    return PretrainConfig(model=model, train=TrainConfig(activation_checkpointing=True))
+
+
+def mae_vit_b16_1gpu() -> PretrainConfig:
+    """The published ViT-B/16 run on one GPU: batch 4096 as 4 parts of 1024, compiled."""
+    return with_options(mae_vit_b16(), train__accum_steps=4, train__compile=True)
+
+
+def mae_vit_l16_1gpu() -> PretrainConfig:
+    """The published ViT-L/16 run on one GPU: batch 4096 as 8 parts of 512, compiled."""
+    return with_options(mae_vit_l16(), train__accum_steps=8, train__compile=True)
+
+
+def mae_vit_h14_1gpu() -> PretrainConfig:
+    """The published ViT-H/14 run on one GPU: batch 4096 as 16 parts of 256, compiled."""
+    return with_options(mae_vit_h14(), train__accum_steps=16, train__compile=True)
+
+
 def mae_tiny() -> PretrainConfig:
     """A model that learns on a laptop's CPU in minutes: 96 px, patch 8, width 192, decoder 2 x 128."""
     model = ModelConfig(
@@ -51,6 +72,10 @@ RECIPES: dict[str, Callable[[], PretrainConfig]] = {
     "mae-vit-b16": mae_vit_b16,
     "mae-vit-l16": mae_vit_l16,
     "mae-vit-h14": mae_vit_h14,
+    "mae-vit-h14-448": mae_vit_h14_448,
+    "mae-vit-b16-1gpu": mae_vit_b16_1gpu,
+    "mae-vit-l16-1gpu": mae_vit_l16_1gpu,
+    "mae-vit-h14-1gpu": mae_vit_h14_1gpu,
     **CIFAR_PRETRAIN,
 }
 

@@ -1,0 +1,87 @@
+"""patchmill runs: a folder of run folders -> a table of what they are and where they stand."""
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from patchmill.tools import cli
+from patchmill.trainer.checkpoint import all_checkpoints
+from patchmill.trainer.metrics import read_metrics
+from patchmill.trainer.run_folder import Status, read_status
+
+
+@dataclass(frozen=True)
+class RunsArgs:
+    """Lists the runs in a folder with their state: running, finished, stopped, failed, or gone (killed).
+
+    Example:
+      patchmill runs runs/
+    """
+
+    folder: tyro.conf.Positional[Path] = Path("runs")
+    """Searched for run folders, at any depth."""
+    as_json: Annotated[bool, tyro.conf.arg(name="json")] = False
+    """One JSON object a line instead of a table."""
+
+
+def main(argv: list[str]) -> int:
+    """Runs the command."""
+    args = tyro.cli(RunsArgs, prog="patchmill runs", args=argv)
+    if not args.folder.is_dir():
+        raise ValueError(f"no folder {args.folder}; give the one that holds the runs (what --out was, or above it)")
+    found = [describe(path.parent) for path in sorted(args.folder.rglob("status.json"))]
+    runs = [run for run in found if run is not None]
+    if not runs:
+        raise ValueError(f"{args.folder} holds no runs; `patchmill pretrain --out {args.folder}/first ...` makes one")
+    if args.as_json:
+        for run in runs:
+            print(json.dumps(run))
+    else:
+        Console().print(_table(runs))
+    return 0
+
+
+def describe(run: Path) -> dict[str, Any] | None:
+    """What a run folder says of itself; None when it is none."""
+    status = read_status(run)
+    if status is None:
+        return None
+    lines = read_metrics(run) if (run / "metrics.jsonl").exists() else []
+    last = lines[-1] if lines else {}
+    saved = all_checkpoints(run)
+    return {
+        "run": str(run),
+        "state": _state(status),
+        "step": last.get("step", status.step),
+        "total_steps": status.total_steps,
+        "loss": last.get("loss"),
+        "images_per_s": last.get("images_per_s"),
+        "checkpoint": saved[-1].name if saved else None,
+        "why": status.why,
+    }
+
+
+def _state(status: Status) -> str:
+    return "gone" if status.is_gone else status.state
+
+
+def _table(runs: list[dict[str, Any]]) -> Table:
+    table = Table(box=None, pad_edge=False)
+    for name in ("run", "state", "step", "loss", "images/s", "newest checkpoint", "why"):
+        table.add_column(name, overflow="fold", justify="right" if name in ("step", "loss", "images/s") else "left")
+    for run in runs:
+        loss = "" if run["loss"] is None else f"{run['loss']:.4f}"
+        rate = "" if run["images_per_s"] is None else f"{run['images_per_s']:,.0f}"
+        step = f"{run['step']}/{run['total_steps']}"
+        table.add_row(run["run"], run["state"], step, loss, rate, run["checkpoint"] or "", run["why"] or "")
+    return table
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run("runs", sys.argv[1:]))
