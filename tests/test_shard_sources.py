@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from patchmill.pipeline import remote
 from patchmill.pipeline.manifest import Dataset, ImageFormat, open_dataset
 from patchmill.tools.list_source import list_source
 from patchmill.tools.pack_dataset import pack_dataset
@@ -157,7 +158,9 @@ def test_a_dataset_of_ours_keeps_its_class_names(tmp_path):
     assert contents(again) == EXPECTED
 
 
-def test_tar_by_url(tmp_path):
+def test_tar_by_url(tmp_path, monkeypatch):
+    pytest.importorskip("aiohttp", reason="the extra `remote` is not installed")
+    monkeypatch.setattr(remote, "FIRST_PAUSE_SECONDS", 0.001)
     labelled_tar(tmp_path / "in.tar")
     handler = partial(http.server.SimpleHTTPRequestHandler, directory=str(tmp_path))
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
@@ -171,6 +174,21 @@ def test_tar_by_url(tmp_path):
     finally:
         server.shutdown()
         server.server_close()
+
+
+def test_remote_folder_of_parquet(tmp_path):
+    """A dataset repository on the Hugging Face hub is such a folder."""
+    fsspec = pytest.importorskip("fsspec", reason="the extra `remote` is not installed")
+    pyarrow = pytest.importorskip("pyarrow", reason="pyarrow is not installed")
+    from pyarrow import parquet
+
+    fs = fsspec.filesystem("memory")
+    for i, piece in enumerate([CROPS[:5], CROPS[5:]]):
+        out = io.BytesIO()
+        table = pyarrow.Table.from_pylist([{"image": data, "label": CLASSES.index(label)} for label, data in piece])
+        parquet.write_table(table, out)
+        fs.pipe_file(f"memory://hub/{tmp_path.name}/data/train-{i}.parquet", out.getvalue())
+    assert contents(pack(f"memory://hub/{tmp_path.name}", tmp_path)) == NUMBERED
 
 
 @pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])

@@ -16,6 +16,7 @@ from patchmill.tools.normalise import decode
 from patchmill.tools.samples import read_bytes
 from patchmill.tools.source_archives import numbered_labels
 from patchmill.tools.sources import Listing, Method, make_entries
+from patchmill.tools.whole import whole_file
 
 JPEG_MODE, RAW_MODE = 0, 1
 LARGEST_SIDE = 2**16 - 1  # FFCV holds width and height in 16 bits
@@ -39,17 +40,13 @@ def write_beton(dataset: Dataset, path: Path) -> None:
     largest = max(int(pixels.max()), int(samples["size"].max()))
     images: Any = fields.RGBImageField()
     images.encode = _store
-    temporary = path.with_name(path.name + ".tmp")
-    writer = writer_module.DatasetWriter(
-        str(temporary), {"image": images, "label": fields.IntField()},
-        page_size=max(PAGE_BYTES, 1 << (largest - 1).bit_length()), num_workers=1,
-    )  # fmt: skip
-    writer.num_samples = len(dataset)
-    try:
+    page_size = max(PAGE_BYTES, 1 << (largest - 1).bit_length())
+    with whole_file(path) as unfinished:
+        writer = writer_module.DatasetWriter(
+            str(unfinished), {"image": images, "label": fields.IntField()}, page_size=page_size, num_workers=1
+        )
+        writer.num_samples = len(dataset)
         _write_samples(writer, writer_module, dataset)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def list_beton(path: Path, staging: Path) -> Listing:

@@ -1,7 +1,6 @@
 """dataset -> [patchmill convert] -> ImageFolder or .beton; `patchmill shard` is the way back from either."""
 
 import re
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -13,6 +12,7 @@ from rich.progress import track
 from patchmill.pipeline.manifest import EXTENSIONS, Dataset, ImageFormat, open_dataset
 from patchmill.tools.beton import write_beton
 from patchmill.tools.samples import read_bytes
+from patchmill.tools.whole import whole_folder
 
 
 @dataclass(frozen=True)
@@ -52,21 +52,15 @@ def write_image_folder(dataset: Dataset, out: Path) -> None:
     Classes keep their order: where names are not already sorted and plain, folders are called <number>-<name>.
     """
     folders = class_folders(dataset.manifest.classes)
-    partial = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        for folder in ("", *folders):
-            (partial / folder).mkdir(parents=True)
-        digits = max(8, len(str(len(dataset))))
+    digits = max(8, len(str(len(dataset))))
+    with whole_folder(out) as unfinished:
+        for folder in folders:
+            (unfinished / folder).mkdir()
         rows = enumerate(dataset.samples)
         for i, row in track(rows, "writing", len(dataset), console=Console(stderr=True), transient=True):
             folder = folders[row["label"]] if row["label"] >= 0 else ""
             name = f"{i:0{digits}d}.{EXTENSIONS[ImageFormat(row['format'])]}"
-            (partial / folder / name).write_bytes(read_bytes(dataset, i))
-        partial.rename(out)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+            (unfinished / folder / name).write_bytes(read_bytes(dataset, i))
 
 
 def class_folders(classes: list[str]) -> list[str]:

@@ -22,9 +22,9 @@ from patchmill.pipeline.manifest import (
     Manifest,
     ShardInfo,
 )
+from patchmill.pipeline.urls import redact
 from patchmill.tools.pack import PixelSums, part_name
 from patchmill.tools.store import PLAN_NAME, Store
-from patchmill.tools.urls import redact
 
 
 def read_part(store: Store, shard: int) -> dict[str, Any] | None:

@@ -1,14 +1,17 @@
 """what the user named -> [list_source] -> listing: tells folders, archives, tables, arrays and URLs apart."""
 
+import os
 from dataclasses import replace
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from patchmill.pipeline.manifest import MANIFEST_NAME, Manifest
+from patchmill.pipeline.remote import with_retries
+from patchmill.pipeline.urls import expand_braces, is_url, open_filesystem, redact
 from patchmill.tools.beton import list_beton
 from patchmill.tools.source_archives import COMPRESSED_TARS, decompressed, list_tars, list_zip
 from patchmill.tools.source_tables import Columns, list_array, list_parquet, list_table
 from patchmill.tools.sources import Listing, list_folder
-from patchmill.tools.urls import download, expand_braces, is_url, open_filesystem, redact
 
 TABLES = (".csv", ".jsonl", ".parquet")
 ARRAYS = (".npy", ".npz")
@@ -73,7 +76,23 @@ def _remote_folder(url: str) -> list[str]:
 
 def _remote_matches(url: str) -> list[str]:
     fs, path = open_filesystem(url)
-    return sorted(fs.unstrip_protocol(match) for match in fs.glob(path))
+    return with_retries(lambda: sorted(fs.unstrip_protocol(match) for match in fs.glob(path)), redact(url))
+
+
+def download(url: str, folder: Path) -> Path:
+    """Copies a remote file into `folder` unless it is there already with its size; returns the local path."""
+    fs, path = open_filesystem(url)
+    local = folder / Path(urlsplit(url).path).name
+
+    def fetch() -> None:
+        if not local.is_file() or local.stat().st_size != fs.size(path):
+            temporary = local.with_name(f"{local.name}.{os.getpid()}.tmp")
+            fs.get_file(path, str(temporary))
+            temporary.replace(local)
+
+    folder.mkdir(parents=True, exist_ok=True)
+    with_retries(fetch, redact(url))
+    return local
 
 
 def _list_several(source: str, paths: list[Path], columns: Columns, staging: Path) -> Listing:

@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from patchmill.pipeline.manifest import MANIFEST_NAME, QUARANTINE_NAME, Manifest
+from patchmill.pipeline.urls import redact
 from patchmill.tools.engines import pack_here, pack_in_processes
 from patchmill.tools.finish import finish, json_lines, read_parts, read_plan, verified_part
 from patchmill.tools.pack import Progress, Stopped
 from patchmill.tools.plan import PackOptions, Plan, ShardTask, make_plan, pending
 from patchmill.tools.sources import Listing
 from patchmill.tools.store import PLAN_NAME, Store, is_disk_full, store_at
-from patchmill.tools.urls import redact
 
 MAX_BAD_FRACTION = 0.5
 Engine = Callable[[Iterable[ShardTask], Store, Progress], None]

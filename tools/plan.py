@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 
+from patchmill.pipeline.tar_stream import BLOCK
 from patchmill.tools.normalise import Policy
 from patchmill.tools.sources import Listing, read_sample
-from patchmill.tools.tars import BLOCK
 
 STATISTICS_SAMPLES = 2048  # images whose pixels are counted for mean and std, spread evenly over the plan
 

@@ -19,6 +19,7 @@ from rich.progress import Progress as Bar
 from rich.table import Table
 
 from patchmill.pipeline.manifest import QUARANTINE_NAME, Manifest, open_dataset
+from patchmill.pipeline.urls import is_url, redact
 from patchmill.tools.beton import write_beton
 from patchmill.tools.engines import pack_on_ray
 from patchmill.tools.list_source import list_source
@@ -28,7 +29,6 @@ from patchmill.tools.plan import PackOptions
 from patchmill.tools.source_tables import Columns
 from patchmill.tools.sources import Listing
 from patchmill.tools.splits import split_listing
-from patchmill.tools.urls import is_url, redact
 
 
 @dataclass(frozen=True)

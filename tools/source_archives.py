@@ -18,6 +18,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from patchmill.pipeline.tar_stream import TarDamage, split_key
 from patchmill.tools.sources import (
     ENTRY_DTYPE,
     Listing,
@@ -27,7 +28,7 @@ from patchmill.tools.sources import (
     labels_from_folders,
     make_entries,
 )
-from patchmill.tools.tars import TarDamage, TarMember, split_key, walk_tar
+from patchmill.tools.tars import TarMember, walk_tar
 
 COMPRESSED_TARS: dict[str, Callable[..., Any]] = {
     ".gz": gzip.open,

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from patchmill.pipeline.manifest import MANIFEST_NAME
-from patchmill.tools.urls import is_url, open_filesystem, redact
+from patchmill.pipeline.urls import is_url, open_filesystem, redact
 
 PLAN_NAME = "plan.json"
 PARTS_FOLDER = "parts"

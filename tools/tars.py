@@ -15,10 +15,15 @@ from pathlib import Path
 from typing import BinaryIO
 
 from patchmill.pipeline.manifest import EXTENSIONS, ImageFormat
-from patchmill.pipeline.tar_stream import BLOCK as BLOCK
-from patchmill.pipeline.tar_stream import TarDamage as TarDamage
-from patchmill.pipeline.tar_stream import checked_header, header_name, padded, pax_fields
-from patchmill.pipeline.tar_stream import split_key as split_key
+from patchmill.pipeline.tar_stream import (
+    BLOCK,
+    TarDamage,
+    checked_header,
+    header_name,
+    padded,
+    pax_fields,
+    split_key,
+)
 
 END_OF_ARCHIVE = bytes(2 * BLOCK)
 FORMATS = {extension: format for format, extension in EXTENSIONS.items()}

@@ -30,10 +30,11 @@ from patchmill.pipeline.manifest import (
     open_samples,
     read_manifest,
 )
+from patchmill.pipeline.tar_stream import TarDamage
 from patchmill.tools.normalise import PILLOW_ERRORS, decode
 from patchmill.tools.pack_dataset import processors
 from patchmill.tools.plan import shuffle_keys
-from patchmill.tools.tars import TarDamage, TarMember, image_format, index_of, walk_tar
+from patchmill.tools.tars import TarMember, image_format, index_of, walk_tar
 
 
 @dataclass(frozen=True)
