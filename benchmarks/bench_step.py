@@ -9,7 +9,6 @@ Peak memory is of a process (CPU) that runs one variant alone, or of the allocat
 import argparse
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -27,7 +26,7 @@ from patchmill.pipeline.batch import Batch
 from patchmill.pipeline.masks import MaskConfig, MaskPlan
 from patchmill.trainer.config import ModelConfig
 from patchmill.trainer.mae import MaskedAutoencoder
-from patchmill.trainer.metrics import device_peak, train_flops_per_image
+from patchmill.trainer.metrics import device_peak, peak_memory_gb, train_flops_per_image
 from patchmill.trainer.optim import build_optimizer, parameter_groups
 from patchmill.trainer.recipes import get_recipe
 from patchmill.trainer.step import Guard, set_learning_rate, update
@@ -199,7 +198,7 @@ def main() -> None:
         step = table[options.only]()
         for _ in range(3):
             step()
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
+        print(peak_memory_gb(device))
         return
     steps, memory = {}, {}
     for name, build in table.items():

@@ -24,6 +24,7 @@ ENVIRONMENT = {
     "PYTHONSAFEPATH": "1",
     "OMP_NUM_THREADS": "1",  # the decoder has threads of its own
     "TORCH_NCCL_ASYNC_ERROR_HANDLING": "3",
+    "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",  # restarted workers must not read what dead ones wrote
 }
 
 

@@ -115,7 +115,7 @@ class Metrics:
         now_values = {
             "images_per_s": round(rate, 2),
             "data_wait": round(wait, 5),
-            "memory_gb": _peak_memory_gb(self.world),
+            "memory_gb": peak_memory_gb(self.world.device),
         }
         if self._peak:
             now_values["mfu"] = round(rate / self.world.size * self.flops_per_image / self._peak, 5)
@@ -208,11 +208,16 @@ def _open_wandb(run: Path, project: str) -> Any:
     return wandb.init(project=project, name=run.name, id=identity, resume="allow", dir=str(run))
 
 
-def _peak_memory_gb(world: World) -> float:
+def peak_memory_gb(device: torch.device) -> float:
     """Most memory held so far, in GiB: of the device, or of the process where the device is the CPU."""
-    if world.device.type == "cuda":
-        return round(torch.cuda.max_memory_allocated(world.device) / 2**30, 3)
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 3)
+    if device.type == "cuda":
+        return round(torch.cuda.max_memory_allocated(device) / 2**30, 3)
+    try:
+        # getrusage would count the parent's memory too, when that started us
+        status = Path("/proc/self/status").read_text(encoding="utf-8")
+    except OSError:  # not Linux
+        return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**30, 3)
+    return round(int(status.split("VmHWM:")[1].split()[0]) / 2**20, 3)
 
 
 def device_peak(device: torch.device) -> float | None:

@@ -149,7 +149,12 @@ def join_world(device: Literal["auto", "cpu", "cuda"], timeout_seconds: float = 
     if size == 1:
         return World(rank, size, place)
     timeout = datetime.timedelta(seconds=timeout_seconds)
+    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     store, rank, size = next(rendezvous("env://", timeout=timeout))
+    if local_size == size:
+        # torchrun keeps its store when it restarts workers, and what the dead ones wrote into it; over several nodes,
+        # whose counts may differ, TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 gives each attempt a store of its own
+        store = PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo",
         store=PrefixStore("ranks", store),
@@ -158,7 +163,6 @@ def join_world(device: Literal["auto", "cpu", "cuda"], timeout_seconds: float = 
         timeout=timeout,
         device_id=place if kind == "cuda" else None,
     )
-    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return World(rank, size, place, local_size, PrefixStore("last words", store))
 
 
