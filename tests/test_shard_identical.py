@@ -145,3 +145,21 @@ def test_killed_between_rename_and_cleaning(images, expected, tmp_path):
     (out / "plan.json").write_text("{}")
     assert pack_dataset(listing, out, OPTIONS) is not None
     assert digests(out) == expected
+
+
+def test_interrupt_leaves_no_process_and_resumes(images, expected, tmp_path):
+    """Ctrl-C reaches every process of the group; none stays, and the same command finishes."""
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "patchmill.tools.cli", "shard", str(images), str(out)]
+    command += ["--seed", "7", "--shard-size-mb", "0.04", "--workers", "2"]
+    process = subprocess.Popen(command, start_new_session=True, stderr=subprocess.PIPE, text=True)
+    while process.poll() is None and not (tmp_path / "out.partial" / "parts").exists():
+        time.sleep(0.001)
+    time.sleep(random.Random(time.time_ns()).random())  # while workers start, or pack
+    os.killpg(process.pid, signal.SIGINT)
+    _, stderr = process.communicate()  # the pipe is closed when the last process is gone
+    if process.returncode:  # else it was faster
+        assert process.returncode == 130
+        assert "Traceback" not in stderr
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    assert digests(out) == expected

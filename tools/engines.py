@@ -13,6 +13,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from functools import partial
 from itertools import islice
 from multiprocessing.connection import wait as wait_for
@@ -46,6 +47,8 @@ def pack_in_processes(tasks: Iterable[ShardTask], store: Store, report: Progress
 
     with ProcessPoolExecutor(workers, context, _start_worker, (counters, stop)) as pool:
         try:
+            with interrupts_ignored():
+                pool.submit(os.getpid)  # starts the workers
             for done in _at_most(2 * workers, (partial(pool.submit, _pack_in_worker, task, store) for task in tasks)):
                 for future in done:
                     future.result()
@@ -119,10 +122,22 @@ def _at_most(limit: int, jobs: Iterator[Callable[[], Future]]) -> Iterator[set[F
 _shared: dict[str, Any] = {}  # a worker's counters and stop event, which only process creation can hand over
 
 
+@contextmanager
+def interrupts_ignored() -> Iterator[None]:
+    """Processes started within ignore Ctrl-C from their first moment on; the parent is who stops them."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # Python lets only the main thread choose
+        return
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+
+
 def _start_worker(counters: Any, stop: Any) -> None:
-    """Sets a worker up: Ctrl-C is the parent's to handle, and a worker does not outlive its parent."""
+    """Sets a worker up, which does not outlive its parent."""
     _shared.update(counters=counters, stop=stop)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     assert parent is not None
     threading.Thread(target=_end_with, args=(parent.sentinel,), daemon=True).start()

@@ -105,8 +105,12 @@ def main(argv: list[str]) -> int:
     for note in listing.notes if not args.splits else ():
         screen.print(f"note: {note}", style="yellow", highlight=False)
     pieces = split_listing(listing, args.splits) if args.splits else {"": listing}
-    for name, piece in pieces.items():
-        pack_piece(piece, f"{args.out.rstrip('/')}/{name}" if name else args.out, options, args, part, screen)
+    try:
+        for name, piece in pieces.items():
+            pack_piece(piece, f"{args.out.rstrip('/')}/{name}" if name else args.out, options, args, part, screen)
+    except KeyboardInterrupt:
+        screen.print("the same command goes on from here", highlight=False)
+        raise
     if part[1] == 1:
         shutil.rmtree(staging, ignore_errors=True)
     return 0
