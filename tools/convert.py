@@ -14,17 +14,17 @@ from patchmill.tools.beton import write_beton
 from patchmill.tools.samples import read_bytes
 from patchmill.tools.whole import whole_folder
 
+DESCRIPTION = """\
+Writes a dataset as a tree of class folders, or as one .beton file for FFCV; image bytes stay as they are.
+
+  patchmill convert shards/ photos/
+  patchmill convert shards/ photos.beton
+"""
+
 
 @dataclass(frozen=True)
 class ConvertArgs:
-    """Writes a dataset as a tree of class folders, or as one .beton file for FFCV; image bytes stay as they are.
-
-    Examples:
-
-    patchmill convert shards/ photos/
-
-    patchmill convert shards/ photos.beton
-    """
+    """The options of `patchmill convert`."""
 
     dataset: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="DATASET")]
     """The dataset's folder. (The way back from either: patchmill shard.)"""
@@ -34,7 +34,7 @@ class ConvertArgs:
 
 def main(argv: list[str]) -> int:
     """Runs the command."""
-    args = tyro.cli(ConvertArgs, args=argv, prog="patchmill convert")
+    args = tyro.cli(ConvertArgs, args=argv, prog="patchmill convert", description=DESCRIPTION)
     dataset = open_dataset(args.dataset)
     if args.out.exists():
         raise ValueError(f"{args.out} is there already: give a new name")

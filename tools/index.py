@@ -26,13 +26,16 @@ from patchmill.tools.source_archives import numbered_labels
 from patchmill.tools.store import LocalStore
 from patchmill.tools.tars import TarMember, image_format, index_of, walk_tar
 
+DESCRIPTION = """\
+Makes a dataset of WebDataset tars that another program wrote: manifest, .idx and sample table beside the tars.
+
+  patchmill index tars/
+"""
+
 
 @dataclass(frozen=True)
 class IndexArgs:
-    """Makes a dataset of WebDataset tars that another program wrote: manifest, .idx and sample table beside the tars.
-
-    Example: patchmill index tars/
-    """
+    """The options of `patchmill index`."""
 
     folder: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="FOLDER")]
     """The folder of the tars."""
@@ -48,7 +51,7 @@ class IndexArgs:
 
 def main(argv: list[str]) -> int:
     """Runs the command."""
-    args = tyro.cli(IndexArgs, args=argv, prog="patchmill index")
+    args = tyro.cli(IndexArgs, args=argv, prog="patchmill index", description=DESCRIPTION)
     if not args.folder.is_dir():
         raise FileNotFoundError(f"no folder {args.folder}: give the folder of the tars")
     tars = sorted(args.folder.glob("*.tar"))

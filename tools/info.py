@@ -19,12 +19,16 @@ BAR_WIDTH = 40
 TILE, GAP, LINE = 128, 4, 14  # pixels of a contact sheet
 
 
+DESCRIPTION = """\
+Tells what a dataset holds: counts, classes, a histogram of sizes; --sheet draws some of its images.
+
+  patchmill info shards/ --sheet sheet.png
+"""
+
+
 @dataclass(frozen=True)
 class InfoArgs:
-    """Tells what a dataset holds: counts, classes, a histogram of sizes; --sheet draws some of its images.
-
-    Example: patchmill info shards/ --sheet sheet.png
-    """
+    """The options of `patchmill info`."""
 
     dataset: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="DATASET")]
     """The dataset's folder."""
@@ -40,7 +44,7 @@ class InfoArgs:
 
 def main(argv: list[str]) -> int:
     """Runs the command."""
-    args = tyro.cli(InfoArgs, args=argv, prog="patchmill info")
+    args = tyro.cli(InfoArgs, args=argv, prog="patchmill info", description=DESCRIPTION)
     if args.images < 1:
         raise ValueError(f"--images {args.images} must be at least 1")
     dataset = open_dataset(args.dataset)

@@ -22,17 +22,17 @@ from patchmill.tools.pack_dataset import join
 from patchmill.tools.shard import staging_folder, summarise
 from patchmill.tools.store import LocalStore, store_at
 
+DESCRIPTION = """\
+Finishes a dataset that `patchmill shard --part I/N` packed in parts, or joins finished datasets.
+
+  patchmill merge shards/
+  patchmill merge all/ first/ second/
+"""
+
 
 @dataclass(frozen=True)
 class MergeArgs:
-    """Finishes a dataset that `patchmill shard --part I/N` packed in parts, or joins finished datasets.
-
-    Examples:
-
-    patchmill merge shards/
-
-    patchmill merge all/ first/ second/
-    """
+    """The options of `patchmill merge`."""
 
     out: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="OUT")]
     """The dataset to make."""
@@ -42,7 +42,7 @@ class MergeArgs:
 
 def main(argv: list[str]) -> int:
     """Runs the command."""
-    args = tyro.cli(MergeArgs, args=argv, prog="patchmill merge")
+    args = tyro.cli(MergeArgs, args=argv, prog="patchmill merge", description=DESCRIPTION)
     started = time.monotonic()
     store = store_at(args.out)
     if args.datasets:

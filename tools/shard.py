@@ -30,23 +30,22 @@ from patchmill.tools.source_tables import Columns
 from patchmill.tools.sources import Listing
 from patchmill.tools.splits import split_listing
 
+DESCRIPTION = """\
+Packs images into WebDataset shards with an index, a manifest and checksums.
+
+  patchmill shard photos/ shards/
+  patchmill shard imagenet.zip shards/ --splits train val --resize shorter-side --size 512
+  patchmill shard list.csv s3://bucket/shards --workers 16
+"""
+
 
 @dataclass(frozen=True)
 class ShardArgs:
-    """Packs images into WebDataset shards with an index, a manifest and checksums.
-
-    Examples:
-
-    patchmill shard photos/ shards/
-
-    patchmill shard imagenet.zip shards/ --splits train val --resize shorter-side --size 512
-
-    patchmill shard list.csv s3://bucket/shards --workers 16
-    """
+    """The options of `patchmill shard`."""
 
     images: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="IN")]
-    """Class folders (ImageFolder), a flat folder, .zip, .tar(.gz), tars of a WebDataset ("train-{000..146}.tar"), a
-    list (.csv, .jsonl, .parquet with a path column), Hugging Face Parquet, .npy, .npz, .beton; tars, Parquet by URL."""
+    """Class folders (ImageFolder) or a flat folder; .zip, .tar, .tar.gz; tars of a WebDataset ("train-{000..146}.tar");
+    .csv, .jsonl, .parquet with a path column; Hugging Face Parquet; .npy, .npz; .beton. Tars and Parquet by URL too."""
     out: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="OUT")]
     """The dataset's folder or URL; it is there when all is packed. The same command resumes an interrupted run."""
     shard_size_mb: float = 256.0
@@ -93,7 +92,7 @@ class ShardArgs:
 
 def main(argv: list[str]) -> int:
     """Runs the command; 0 when all that was asked for is packed."""
-    args = tyro.cli(ShardArgs, args=argv, prog="patchmill shard")
+    args = tyro.cli(ShardArgs, args=argv, prog="patchmill shard", description=DESCRIPTION)
     options, part = pack_options(args), parse_part(args.part)
     if args.format == "beton" and (args.splits or args.part or is_url(args.out)):
         raise ValueError("--format beton writes one local file: leave out --splits and --part")

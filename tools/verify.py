@@ -36,17 +36,17 @@ from patchmill.tools.pack_dataset import processors
 from patchmill.tools.plan import shuffle_keys
 from patchmill.tools.tars import TarMember, image_format, index_of, walk_tar
 
+DESCRIPTION = """\
+Checks a dataset: every checksum, every index and every image. Exit code 1 and a list when something is wrong.
+
+  patchmill verify shards/
+  patchmill verify shards/ --sample 0.01
+"""
+
 
 @dataclass(frozen=True)
 class VerifyArgs:
-    """Checks a dataset: every checksum, every index and every image. Exit code 1 and a list when something is wrong.
-
-    Examples:
-
-    patchmill verify shards/
-
-    patchmill verify shards/ --sample 0.01
-    """
+    """The options of `patchmill verify`."""
 
     dataset: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="DATASET")]
     """The dataset's folder."""
@@ -62,7 +62,7 @@ class VerifyArgs:
 
 def main(argv: list[str]) -> int:
     """Runs the command; 0 when nothing is wrong, 1 when something is."""
-    args = tyro.cli(VerifyArgs, args=argv, prog="patchmill verify")
+    args = tyro.cli(VerifyArgs, args=argv, prog="patchmill verify", description=DESCRIPTION)
     if not 0 <= args.sample <= 1:
         raise ValueError(f"--sample {args.sample} is not between 0 and 1")
     manifest = read_manifest(args.dataset)
