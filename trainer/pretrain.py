@@ -94,7 +94,7 @@ def pretrain(config: PretrainConfig, on_progress: Callable[[Progress], None] = l
             step = _train(config, world, trainee, loader, metrics, start, total_steps, stop, on_progress)
         except (OSError, ValueError, ArithmeticError, RuntimeError) as error:
             if world.is_first:
-                write_status(run, "failed", start, total_steps, str(error))
+                write_status(run, "failed", int(metrics.latest.get("step", start)), total_steps, str(error))
             raise
         finally:
             metrics.close()
