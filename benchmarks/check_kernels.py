@@ -187,12 +187,17 @@ def check_mask_indices(device: str) -> None:
         assert_equal("mask indices without repeats", f.cpu(), e)
 
 
+def _exact_patches(images: Tensor, case: Case) -> Tensor:
+    statistics = torch.tensor([MEAN[: case.channels], STD[: case.channels]], dtype=torch.float64, device=images.device)
+    return published.patchify(published.normalize_images(images, *statistics.unbind()), case.patch)
+
+
 def check_gather_patches(case: Case, dtype: torch.dtype, device: str) -> None:
     """Patches equal those of the normalised image, cut and gathered."""
     images, (ids_keep, _, _) = _draw_images(case, device), _draw_plan(case, device)
     mean, std = MEAN[: case.channels], STD[: case.channels]
     found = gather_patches(images, ids_keep, case.patch, mean, std, dtype)
-    patches = published.patchify(published.normalize_images(images, mean, std, torch.float64), case.patch)
+    patches = _exact_patches(images, case)
     assert found.dtype == dtype
     assert_close(f"gather_patches, {case.name}", found, published.gather_rows(patches, ids_keep))
 
@@ -242,7 +247,7 @@ def check_masked_loss(case: Case, dtype: torch.dtype, device: str, power: int = 
     """Loss and gradient equal those of the published loss over the full sequence; without a gradient the same loss."""
     images, (_, ids_mask, _) = _draw_images(case, device), _draw_plan(case, device)
     mean, std = MEAN[: case.channels], STD[: case.channels]
-    target = published.patchify(published.normalize_images(images, mean, std, torch.float64), case.patch)
+    target = _exact_patches(images, case)
     pred = torch.randn(*ids_mask.shape, target.shape[2], device=device).to(dtype).requires_grad_()
     operator = masked_mse if power == 2 else masked_l1
     found = operator(pred, images, ids_mask, case.patch, mean, std, norm_pix)

@@ -7,19 +7,14 @@ function is differentiable and works in the dtype of its arguments, so that floa
 Shapes: B images, H W C pixels, L patches, K kept, P values per patch, D encoder width, E decoder width.
 """
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
 
-def normalize_images(
-    images_u8_BHWC: Tensor, mean_C: Sequence[float], std_C: Sequence[float], dtype: torch.dtype
-) -> Tensor:
-    """Make the float image batch `[B, C, H, W]`: (byte / 255 - mean) / std."""
-    images = images_u8_BHWC.permute(0, 3, 1, 2).to(dtype).div(255)
-    mean, std = (torch.tensor(v, dtype=dtype).to(images.device).view(-1, 1, 1) for v in (mean_C, std_C))
-    return (images - mean) / std
+def normalize_images(images_u8_BHWC: Tensor, mean_C: Tensor, std_C: Tensor) -> Tensor:
+    """Make the float image batch `[B, C, H, W]` in the dtype of mean and std: (byte / 255 - mean) / std."""
+    images = images_u8_BHWC.permute(0, 3, 1, 2).to(mean_C.dtype).div(255)
+    return (images - mean_C.view(-1, 1, 1)) / std_C.view(-1, 1, 1)
 
 
 def patchify(images_BCHW: Tensor, patch_size: int) -> Tensor:
