@@ -192,6 +192,8 @@ def test_output_in_a_bucket(tmp_path):
     fs.pipe_file("memory://foreign/out/file", b"x")
     with pytest.raises(ValueError, match="is not empty"):
         pack_dataset(listing, "memory://foreign/out", options)
+    with pytest.raises(ValueError, match="cannot be written"):
+        pack_dataset(listing, "https://example.org/out", options)
 
 
 def test_names_are_kept(tmp_path):

@@ -122,7 +122,7 @@ class RemoteStore:
         return self.out
 
     def create(self) -> None:
-        """Nothing: folders in a bucket exist by their contents."""
+        """Nothing: folders in a bucket exist by their contents, and a bucket that is not there is no place to make."""
 
     def refuse_foreign(self) -> None:
         """ValueError when something lies at OUT that no run of ours left there."""
@@ -142,13 +142,11 @@ class RemoteStore:
             yield cast(BinaryIO, file)
             file.flush()
             fs, path = self._at(name)
-            fs.makedirs(path.rpartition("/")[0], exist_ok=True)
             fs.put_file(file.name, path)
 
     def write_text(self, name: str, text: str) -> None:
         """Writes a small file, whole or not at all."""
         fs, path = self._at(name)
-        fs.makedirs(path.rpartition("/")[0], exist_ok=True)
         fs.pipe_file(path, text.encode("utf-8", "surrogateescape"))
 
     def read_text(self, name: str) -> str | None:
@@ -205,8 +203,12 @@ Store = LocalStore | RemoteStore
 
 
 def store_at(out: str | Path) -> Store:
-    """The store of a folder or URL."""
+    """The store of a folder or URL; ValueError for a URL that cannot be written."""
+    if str(out).startswith("file://"):
+        out = str(out).removeprefix("file://")
     if is_url(str(out)):
+        if str(out).startswith(("http:", "https:")):
+            raise ValueError(f"{redact(str(out))} cannot be written: give a folder, or a bucket (s3://, gs://, ...)")
         return RemoteStore(str(out))
     path = Path(out) if Path(out).name not in ("", "..") else Path(out).resolve()
     return LocalStore(path, path.with_name(path.name + ".partial"))
