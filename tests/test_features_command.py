@@ -136,5 +136,7 @@ def test_options_that_cannot_work(checkpoint, dataset, tmp_path, capsys):
     assert "must end in .safetensors or .parquet" in capsys.readouterr().err
     assert cli.run("features", ["--checkpoint", str(checkpoint), "--out", str(tmp_path / "f.safetensors")]) == 2
     assert "give --data.path DIR" in capsys.readouterr().err
+    assert features(checkpoint, dataset / "shard-000000.tar", tmp_path / "f.safetensors") == 2
+    assert "run `patchmill index` on their folder" in capsys.readouterr().err
     assert features(checkpoint, dataset, tmp_path / "f.safetensors", "--image-size", "30") == 2
     assert "no multiple of model.patch_size 8" in capsys.readouterr().err

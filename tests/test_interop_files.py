@@ -46,10 +46,9 @@ def test_export_and_import_give_back_the_very_model(target, config, decoder, tmp
     assert "exists already" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("target", ["mae", "hf"])
-def test_a_whole_vit_b_through_files(target, tmp_path):
+def test_a_whole_vit_b_through_files(tmp_path):
     tensors = windows(B16)
-    write_files(tmp_path, target, random_checkpoint(TINY)._replace(config=B16, tensors=tensors))
+    write_files(tmp_path, "hf", random_checkpoint(TINY)._replace(config=B16, tensors=tensors))
     found = read_checkpoint(tmp_path)
     assert found.config == B16
     assert same_bits(found.tensors, tensors)
@@ -66,12 +65,13 @@ def test_an_imported_whole_model_is_a_checkpoint_of_ours(tmp_path):
 
 def test_published_training_checkpoint(tmp_path):
     """torch.save of model, optimizer, epoch, scaler and an argparse.Namespace, as facebookresearch/mae writes."""
-    tensors = dict(windows(B16))
+    shallow = dataclasses.replace(B16, depth=2, decoder_depth=1)
+    tensors = random_checkpoint(shallow).tensors
     args = argparse.Namespace(model="mae_vit_base_patch16", norm_pix_loss=True, input_size=224)
     more = {"optimizer": {"state": {}, "param_groups": [{"lr": 1e-3}]}, "epoch": 7, "scaler": {"scale": 65536.0}}
-    torch.save({"model": {k: v.clone() for k, v in tensors.items()}, **more, "args": args}, tmp_path / "ck.pth")
+    torch.save({"model": tensors, **more, "args": args}, tmp_path / "ck.pth")
     found = read_checkpoint(tmp_path / "ck.pth")
-    assert found.config == B16  # heads from the published sizes, the grid from the positions, the target from args
+    assert found.config == shallow  # heads from the published sizes, the grid from the positions, the target from args
     assert found.notes == []
     assert same_bits(found.tensors, tensors)
 
@@ -168,3 +168,11 @@ def test_folders_without_weights_and_missing_files(tmp_path):
         load_encoder(tmp_path)
     with pytest.raises(ValueError, match="no checkpoint"):
         load_encoder(tmp_path / "nothing.pth")
+
+
+@pytest.mark.parametrize("command", ["export", "import", "features"])
+def test_help_has_an_example(command, capsys):
+    with pytest.raises(SystemExit) as ended:
+        cli.run(command, ["--help"])
+    assert ended.value.code == 0
+    assert f"patchmill {command} " in capsys.readouterr().out.split("options")[0].split("Example:")[1]

@@ -4,6 +4,7 @@ Every image is seen once, whole: centre crop, no flip, no mask, in the dataset's
 """
 
 import dataclasses
+import inspect
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -60,12 +61,17 @@ class FeaturesConfig:
 
 def main(argv: list[str]) -> int:
     """Runs the command."""
-    config = tyro.cli(FeaturesConfig, prog="patchmill features", args=argv)
+    about = inspect.getdoc(FeaturesConfig)  # given apart, since tyro leaves out the example
+    config = tyro.cli(FeaturesConfig, prog="patchmill features", description=about, args=argv)
     out = Path(config.out)
     if out.suffix not in (".safetensors", ".parquet"):
         raise ValueError(f"--out {out} must end in .safetensors or .parquet")
     if not config.data.path:
         raise ValueError("no data: give --data.path DIR, a folder that `patchmill shard` wrote")
+    if config.data.path.startswith("pipe:") or config.data.path.split("?")[0].endswith(".tar"):
+        raise ValueError(
+            "a stream of tars has no numbered samples: run `patchmill index` on their folder and give that"
+        )
     if not config.tokens or config.batch_size < 1:
         raise ValueError("--tokens needs at least one of cls, mean, patches, and --batch-size at least 1")
     device = join_world(config.device).device

@@ -4,10 +4,12 @@ The front matter is what huggingface_hub reads, so that the folder can be upload
 addresses of the run stay out: of the data only the folder's name and the manifest's hash are told.
 """
 
-import dataclasses
 import json
+import tomllib
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+import tomli_w
 
 from patchmill import __version__
 from patchmill.pipeline.manifest import MANIFEST_NAME, Manifest
@@ -50,15 +52,12 @@ def find_provenance(model_file: Path) -> Provenance:
         return Provenance()
     state = json.loads(state_file.read_text(encoding="utf-8"))
     config = from_toml(run / "config.toml")
-    name = _bare_name(config.data.path)
-    shown = dataclasses.replace(
-        config, out="", resume="auto", data=dataclasses.replace(config.data, path=name, quarantine_path="")
-    )
+    recipe = _without_places(tomllib.loads(to_toml(config)))
     lines = read_metrics(run) if (run / "metrics.jsonl").is_file() else []
     return Provenance(
         step=state["step"],
-        recipe=to_toml(shown),
-        data=_describe_data(name, Path(config.data.path), state.get("loader", {}).get("fingerprint", {})),
+        recipe=tomli_w.dumps({name: value for name, value in recipe.items() if name not in ("out", "resume")}),
+        data=_describe_data(Path(config.data.path), state.get("loader", {}).get("fingerprint", {})),
         metrics=next((line for line in reversed(lines) if line["step"] == state["step"]), None),
     )
 
@@ -113,7 +112,8 @@ def _title(config: ModelConfig, has_decoder: bool) -> str:
     return f"ViT-{name}/{config.patch_size} masked autoencoder" + ("" if has_decoder else ", encoder")
 
 
-def _describe_data(name: str, folder: Path, fingerprint: dict[str, object]) -> str:
+def _describe_data(folder: Path, fingerprint: dict[str, object]) -> str:
+    name = _bare_name(str(folder))
     try:
         manifest = Manifest.from_json((folder / MANIFEST_NAME).read_text(encoding="utf-8"))
         count, digest = f", {manifest.num_samples} images", manifest.fingerprint()
@@ -122,6 +122,15 @@ def _describe_data(name: str, folder: Path, fingerprint: dict[str, object]) -> s
     except (OSError, ValueError):
         count, digest = "", str(fingerprint.get("dataset", "unknown"))
     return f"`{name}`{count}, manifest sha256 `{digest}`"
+
+
+def _without_places(value: Any) -> Any:
+    """Config values with every path and address cut down to its last part."""
+    if isinstance(value, dict):
+        return {name: _without_places(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_without_places(item) for item in value]
+    return _bare_name(value) if isinstance(value, str) else value
 
 
 def _bare_name(path: str) -> str:
