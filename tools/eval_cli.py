@@ -58,10 +58,12 @@ def fit_bar(title: str) -> Iterator[Callable[[Progress], None]]:
         console=Console(stderr=True),
         disable=not is_first(),
     ) as bar:
-        task = bar.add_task(title, total=None, line="starting")
 
         def draw(progress: Progress) -> None:
-            bar.update(task, completed=progress.step, total=progress.total_steps, line=_line(progress.history))
+            if not bar.tasks:
+                bar.add_task(title, line="")
+            line = _line(progress.history)
+            bar.update(bar.tasks[0].id, completed=progress.step, total=progress.total_steps, line=line)
 
         yield draw
 

@@ -152,8 +152,8 @@ def _read_class_map(path: str) -> dict[str, str | list[str]]:
         table = json.loads(Path(path).read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"class map {path} is no JSON ({error})") from error
-    names = [each for v in table.values() for each in (v if isinstance(v, list) else [v])] if table else []
-    if not isinstance(table, dict) or not all(isinstance(name, str) for name in names):
+    values = table.values() if isinstance(table, dict) else [None]
+    if not all(isinstance(name, str) for value in values for name in (value if isinstance(value, list) else [value])):
         raise ValueError(f"class map {path} must be an object from class names to a name or a list of names")
     return table
 

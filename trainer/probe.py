@@ -35,10 +35,11 @@ def probe(config: ProbeConfig, on_progress: Callable[[Progress], None] = lambda 
         OSError: data or run folder cannot be read or written.
     """
     with joined_world(config.device) as world, stop_on_signals() as stop:
-        return _probe(config, world, stop, on_progress)
+        return run_probe(config, world, stop, on_progress)
 
 
-def _probe(config: ProbeConfig, world: World, stop: list[str], on_progress: Callable[[Progress], None]) -> Report:
+def run_probe(config: ProbeConfig, world: World, stop: list[str], on_progress: Callable[[Progress], None]) -> Report:
+    """As `probe`, among ranks that have met already."""
     check_torchmetrics()
     check_batch(config, world)
     train, test = open_labelled(config.data.path, "data.path"), open_labelled(config.test.path, "test.path")

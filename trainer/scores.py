@@ -67,6 +67,8 @@ class Scorer:
         top1, top5, loss, samples = (
             float(v) for v in (found["top1"], found["top5"], self.loss.compute(), self.samples.compute())
         )
+        # torchmetrics divides in fp32; the shares are those of whole images
+        top1, top5 = (round(share * samples) / max(samples, 1) for share in (top1, top5))
         return Scores(top1, top5, loss, int(samples), confusion)
 
 
