@@ -40,6 +40,7 @@ FIRST_BYTES = {
 IMAGE_STARTS = (b"\xff\xd8", b"\x89PNG", b"GIF8", b"BM", b"RIFF", b"P5", b"P6")
 DEFAULT_SUBSAMPLING = "420"  # chroma subsampling where the source has none of its own
 REENCODE_QUALITY = 95
+ONE_EIGHTH = {"min_height": 1, "min_width": 1, "min_factor": 8}
 
 
 class Rejected(Exception):
@@ -119,9 +120,9 @@ def pillow_without_limit() -> Iterator[None]:
 def decode(data: bytes, format: ImageFormat) -> np.ndarray:
     """Strictly decodes a sample of a dataset; uint8 [H, W] or [H, W, C]. ValueError or OSError for damage."""
     if format == ImageFormat.JPEG:
-        return _strict_pixels(data, simplejpeg.decode_jpeg_header(data)[2], scale=1)
+        return _strict_pixels(data, simplejpeg.decode_jpeg_header(data)[2])
     if format == ImageFormat.PNG:
-        with Image.open(io.BytesIO(data), formats=["PNG"]) as image:
+        with pillow_without_limit(), Image.open(io.BytesIO(data), formats=["PNG"]) as image:
             return np.asarray(image)
     return read_tiff(data)
 
@@ -159,10 +160,10 @@ def _normalise_jpeg(data: bytes, policy: Policy, want_pixels: bool) -> Packed:
         resized = policy.resize == "border" or target_size(height, width, policy) != (height, width)
         if sound and not resized and policy.encode == "keep":
             body = data[: facts.end]
-            kept = _strict_pixels(body, colours, scale=1 if want_pixels else 8)
-            return Packed(body, ImageFormat.JPEG, width, height, kept if want_pixels else None)
+            pixels = _strict_pixels(body, colours, **({} if want_pixels else ONE_EIGHTH))
+            return Packed(body, ImageFormat.JPEG, width, height, pixels if want_pixels else None)
         pixels = _oriented(_jpeg_pixels(data, colours, facts, policy), facts.orientation)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         raise Rejected(f"damaged JPEG: {_plain(error)}") from None
     plain_colours = colours in ("Gray", "YCbCr")
     aligned = upright or (height % 16 == 0 and width % 16 == 0)  # turning keeps the blocks whole
@@ -173,10 +174,10 @@ def _normalise_jpeg(data: bytes, policy: Policy, want_pixels: bool) -> Packed:
     return _encode(_resized(pixels, policy), policy, subsampling=subsampling, lossy=plain_colours)
 
 
-def _strict_pixels(data: bytes, colours: str, scale: int) -> np.ndarray:
-    """Pixels at 1/scale; ValueError for whatever libjpeg errs on or warns about."""
+def _strict_pixels(data: bytes, colours: str, **least: int) -> np.ndarray:
+    """Grey or RGB pixels at full scale, or at the smallest that satisfies `least` (simplejpeg's min_ arguments);
+    ValueError for whatever libjpeg errs on or warns about."""
     grey = colours == "Gray"
-    least = {"min_height": 1, "min_width": 1, "min_factor": scale} if scale > 1 else {}
     pixels = simplejpeg.decode_jpeg(data, "GRAY" if grey else "RGB", **least)
     return pixels[:, :, 0] if grey else pixels
 
@@ -184,18 +185,17 @@ def _strict_pixels(data: bytes, colours: str, scale: int) -> np.ndarray:
 def _jpeg_pixels(data: bytes, colours: str, facts: JpegFacts, policy: Policy) -> np.ndarray:
     """Strictly decoded pixels, uint8 grey or RGB, as coded (not yet upright).
 
-    A JPEG that will be shrunk is decoded at the smallest scale (1/8 .. 1) that leaves twice the target on each side.
+    A JPEG that will be shrunk is decoded at the smallest scale from 1/8 to 1/2 that leaves twice the target on each
+    side (between 1/2 and 1 libjpeg-turbo has no vector code and is slower than at full scale).
     """
     if colours in ("CMYK", "YCCK"):
         simplejpeg.decode_jpeg(data, "CMYK")  # strict; Pillow forgives what libjpeg only warns about
-        with Image.open(io.BytesIO(data), formats=["JPEG"]) as image:
+        with pillow_without_limit(), Image.open(io.BytesIO(data), formats=["JPEG"]) as image:
             return np.asarray(image.convert("RGB"))
     height, width = target_size(facts.height, facts.width, policy)
-    grey = colours == "Gray"
-    pixels = simplejpeg.decode_jpeg(
-        data, "GRAY" if grey else "RGB", min_height=2 * height, min_width=2 * width, min_factor=1
-    )
-    return pixels[:, :, 0] if grey else pixels
+    if facts.height < 4 * height or facts.width < 4 * width:
+        return _strict_pixels(data, colours)
+    return _strict_pixels(data, colours, min_height=2 * height, min_width=2 * width, min_factor=2)
 
 
 def _oriented(pixels: np.ndarray, orientation: int) -> np.ndarray:
@@ -215,7 +215,7 @@ def _encode_like(pixels: np.ndarray, source: bytes, facts: JpegFacts) -> Packed:
     Measured on photographs of quality 85: off by 0.05 grey levels on average (0.5 with halved chroma), where quality 95
     is off by 0.65 (1.0) and 1.6 times as large.
     """
-    with Image.open(io.BytesIO(source), formats=["JPEG"]) as image:
+    with pillow_without_limit(), Image.open(io.BytesIO(source), formats=["JPEG"]) as image:
         assert isinstance(image, JpegImageFile)
         tables, sampling = image.quantization, [(layer[1], layer[2]) for layer in image.layer]
     if facts.orientation >= 5:  # axes are swapped: so are the frequencies

@@ -13,8 +13,8 @@ from typing import Any
 from patchmill.pipeline.manifest import MANIFEST_NAME, QUARANTINE_NAME, Manifest
 from patchmill.pipeline.urls import redact
 from patchmill.tools.engines import pack_here, pack_in_processes
-from patchmill.tools.finish import finish, json_lines, read_parts, read_plan, verified_part
-from patchmill.tools.pack import Progress, Stopped
+from patchmill.tools.finish import finish, json_lines, read_part, read_parts, read_plan, verified_part
+from patchmill.tools.pack import Progress, Stopped, part_name
 from patchmill.tools.plan import PackOptions, Plan, ShardTask, make_plan, pending
 from patchmill.tools.sources import Listing
 from patchmill.tools.store import PLAN_NAME, Store, is_disk_full, store_at
@@ -86,9 +86,9 @@ def pack_dataset(
     except Stopped:
         pass  # too many are bad: said below, with examples
     except OSError as error:
-        raise _named(error, store, plan) from None
+        raise _named(error, store, plan, alone=part[1] == 1) from None
     if run.bad > allowed:
-        raise _too_bad(store, plan, run, max_bad_fraction)
+        raise _too_bad(store, plan, run, max_bad_fraction, alone=part[1] == 1)
     if part[1] > 1:
         return None
     return join(store)
@@ -172,10 +172,10 @@ def _engine(engine: Engine | None, workers: int) -> Engine:
     return lambda tasks, store, report: pack_in_processes(tasks, store, report, workers)
 
 
-def _named(error: OSError, store: Store, plan: Plan) -> OSError:
-    """The error with what became of the run; an unfinished folder without a whole shard is removed."""
-    done = sum(verified_part(store, shard) is not None for shard in range(plan.num_shards))
-    if not done:
+def _named(error: OSError, store: Store, plan: Plan, alone: bool) -> OSError:
+    """The error with what became of the run; an unfinished folder without a whole shard is removed if it is `alone`."""
+    done = sum(store.has(part_name(shard)) for shard in range(plan.num_shards))
+    if not done and alone:
         store.abandon()
     if not is_disk_full(error):
         return OSError(f"cannot write {shown(store.root)}: {error.strerror or error} ({done} shards are kept)")
@@ -185,15 +185,15 @@ def _named(error: OSError, store: Store, plan: Plan) -> OSError:
     )
 
 
-def _too_bad(store: Store, plan: Plan, run: Run, max_bad_fraction: float) -> ValueError:
-    records = [record for shard in range(plan.num_shards) if (record := verified_part(store, shard)) is not None]
+def _too_bad(store: Store, plan: Plan, run: Run, max_bad_fraction: float, alone: bool) -> ValueError:
+    records = [record for shard in range(plan.num_shards) if (record := read_part(store, shard)) is not None]
     left_out = [entry for record in records for entry in record["left_out"]]
+    where = ""
     if records:
         store.write_text(QUARANTINE_NAME, json_lines(plan.left_out + left_out))
         where = f"the list so far is {shown(store.root)}/{QUARANTINE_NAME}; "
-    else:
+    elif alone:
         store.abandon()
-        where = ""
     return ValueError(
         f"{run.bad} of {run.total_images} images are bad, above --max-bad-fraction {max_bad_fraction}"
         f"{_examples(left_out, ' (', ')')}: {where}mend the source, or give a larger fraction to leave them out"
