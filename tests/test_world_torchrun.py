@@ -120,9 +120,12 @@ def test_signals_to_torchrun_stop_in_order_and_the_same_command_goes_on(dataset,
 
 def test_a_rank_that_hangs_ends_the_run_and_is_named(dataset, tmp_path):
     launch = Launch(dataset, tmp_path / "run", "--train.rank-timeout-seconds", "3")
-    os.kill(launch.wait_for_step(10, rank=1), signal.SIGSTOP)
+    hung = launch.wait_for_step(10, rank=1)
+    os.kill(hung, signal.SIGSTOP)
+    while "error: rank 1 of 2 died or did not answer for 3 s" not in launch.log.read_text():
+        assert launch.process.poll() is None, launch.log.read_text()
+        time.sleep(0.05)
+    os.kill(hung, signal.SIGCONT)  # or torchrun would wait 30 s before it kills a process that cannot hear it
     assert launch.end() != 0
-    said = launch.log.read_text()
-    assert "error: rank 1 of 2 died or did not answer for 3 s" in said
     assert read_status(launch.run).state == "failed"
     assert checkpoint.newest_valid(launch.run)[0] is not None
