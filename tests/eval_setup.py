@@ -2,6 +2,7 @@
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 from small_models import random_checkpoint
 
@@ -20,7 +21,7 @@ def make_setup(root):
     return root
 
 
-def where(root):
+def where(root) -> dict[str, Any]:
     return {
         "subject": SubjectConfig(checkpoint=str(root / "encoder.safetensors")),
         "data": DataConfig(path=str(root / "train" / "dataset"), scale=(0.3, 1.0)),
@@ -34,7 +35,7 @@ def finetune_config(root, out, **changes):
     config = finetune_cifar()
     fit = dataclasses.replace(config.fit, global_batch=16, accum_steps=2, epochs=3, save_every_steps=2)
     optim = dataclasses.replace(config.optim, blr=2e-2, warmup_epochs=1)
-    fixed = {"out": str(out), "fit": fit, "optim": optim, "average": 0.9, "drop_path": 0.3}
+    fixed: dict[str, Any] = {"out": str(out), "fit": fit, "optim": optim, "average": 0.9, "drop_path": 0.3}
     return dataclasses.replace(config, **where(root), **fixed | changes)
 
 

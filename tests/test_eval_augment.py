@@ -1,5 +1,7 @@
 """RandAugment's operations against Pillow's; its draws, and those of random erasing, by sample."""
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
@@ -24,7 +26,7 @@ def pixels_of(tensor):
     return (tensor[0].permute(1, 2, 0) * 255).round().clamp(0, 255).numpy()
 
 
-PILLOW = {
+PILLOW: dict[str, Callable[[Image.Image], Image.Image]] = {
     "autocontrast": ImageOps.autocontrast,
     "equalize": ImageOps.equalize,
     "invert": ImageOps.invert,

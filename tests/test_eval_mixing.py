@@ -34,6 +34,7 @@ def test_a_box_at_the_border_leaves_the_share_that_it_leaves():
     found = [cut_box(0.5, (10, 20), np.random.default_rng(seed)) for seed in range(200)]
     shares = set()
     for share, box in found:
+        assert box is not None
         top, bottom, left, right = box
         assert 0 <= top <= bottom <= 10
         assert 0 <= left <= right <= 20

@@ -69,6 +69,7 @@ def test_a_bad_image_is_not_counted_and_its_replacement_neither(tmp_path):
     assert torch.cat([each.sample_ids[counts] for each, counts in found]).tolist() == [*range(4), *range(5, 21)]
     model = Classifier(Encoder(MaskedAutoencoder(TINY)), 6, "mean", "linear").eval()
     scores = classify(model, plain, TestConfig(str(root), batch=8), None, 6, ALONE, None)
+    assert scores.confusion is not None
     assert scores.samples == scores.confusion.sum() == 20
 
 
@@ -76,13 +77,13 @@ def test_scores_are_the_counted_ones(setup):
     path = str(setup / "test" / "dataset")
     torch.manual_seed(0)
     model = Classifier(Encoder(MaskedAutoencoder(TINY)), 6, "mean", "linear").eval()
-    torch.nn.init.normal_(model.head.weight, std=5.0)
+    torch.nn.init.normal_(model.get_parameter("head.weight"), std=5.0)
     scores = classify(model, DataConfig(), TestConfig(path, batch=8), None, 6, ALONE, None)
-    logits, labels = [], []
+    found, truth = [], []
     for batch, _ in each_once(DataConfig(), path, 0.875, TINY, ALONE, 21):
-        logits.append(model(model.normalise(batch.images.permute(0, 3, 1, 2) / 255)).detach())
-        labels.append(batch.labels)
-    logits, labels = torch.cat(logits), torch.cat(labels)
+        found.append(model(model.normalise(batch.images.permute(0, 3, 1, 2) / 255)).detach())
+        truth.append(batch.labels)
+    logits, labels = torch.cat(found), torch.cat(truth)
     order = logits.argsort(1, descending=True)
     assert len(order[:, 0].unique()) > 1
     assert scores.top1 == pytest.approx((order[:, 0] == labels).double().mean().item(), rel=1e-12)
@@ -90,6 +91,7 @@ def test_scores_are_the_counted_ones(setup):
     assert scores.loss == pytest.approx(torch.nn.functional.cross_entropy(logits, labels).item(), rel=1e-5)
     expected = np.zeros((6, 6), int)
     np.add.at(expected, (labels.numpy(), order[:, 0].numpy()), 1)
+    assert scores.confusion is not None
     assert np.array_equal(scores.confusion.numpy(), expected)
 
 

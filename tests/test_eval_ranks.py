@@ -51,16 +51,21 @@ def evaluate_all(rank, root, name):
             evaluate_classifier(root / "spread", DataConfig(), tests, "fp32", world),
             strict=True,
         ):
-            found[part] = [tested.scores.plain(), tested.scores.confusion.tolist()]
+            found[part] = [tested.scores.plain(), matrix(tested.scores)]
         knn = KnnConfig(**where(root), neighbours=(3, 7), precision="fp32")
         for k, scores in run_knn(knn, open_subject(knn.subject, 0), world).items():
-            found[f"knn {k}"] = [scores.top1, scores.confusion.tolist()]
+            found[f"knn {k}"] = [scores.top1, matrix(scores)]
         online = OnlineEvalConfig(every_epochs=1, test_path=tests[0].path, neighbours=5)
         torch.manual_seed(0)
         model = MaskedAutoencoder(TINY)
         found["online"] = OnlineEvaluation(online, DataConfig(path=tests[1].path), world)(model, None)
         if rank == 0:
             (root / f"{name}.json").write_text(json.dumps(found))
+
+
+def matrix(scores):
+    assert scores.confusion is not None
+    return scores.confusion.tolist()
 
 
 def check_statistics(rank, size):
@@ -78,7 +83,7 @@ def both(tmp_path_factory):
     (root / "spread").mkdir()
     torch.manual_seed(0)
     model = Classifier(Encoder(MaskedAutoencoder(TINY)), 6, "mean", "linear")
-    torch.nn.init.normal_(model.head.weight, std=5.0)  # a head that finds several classes
+    torch.nn.init.normal_(model.get_parameter("head.weight"), std=5.0)  # a head that finds several classes
     classes = open_dataset(root / "train" / "dataset").manifest.classes
     about = {"model": config_json(TINY), "classes": classes, "pool": "mean", "head": "linear"}
     save_classifier(root / "spread", model, {}, about)

@@ -11,7 +11,7 @@ from small_models import B16, TINY
 from patchmill.trainer.classifier import Classifier, path_scales
 from patchmill.trainer.config import OptimConfig
 from patchmill.trainer.encoder import Encoder
-from patchmill.trainer.eval_config import FinetuneConfig
+from patchmill.trainer.eval_config import FinetuneConfig, Pool
 from patchmill.trainer.finetune import build_optimizer
 from patchmill.trainer.mae import MaskedAutoencoder
 
@@ -65,7 +65,8 @@ def test_the_features_are_the_encoders():
     encoder = Encoder(MaskedAutoencoder(TINY))
     cls_token, patches = encoder(images)
     normed = encoder.normalise(images)
-    for pool, expected in (("cls", cls_token), ("mean", patches.mean(1))):
+    pairs: list[tuple[Pool, torch.Tensor]] = [("cls", cls_token), ("mean", patches.mean(1))]
+    for pool, expected in pairs:
         model = Classifier(encoder, 5, pool, "probe")
         torch.testing.assert_close(model.normalise(images.permute(0, 3, 1, 2) / 255), normed)
         torch.testing.assert_close(model.features(normed), expected)

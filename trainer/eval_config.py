@@ -28,7 +28,12 @@ class SubjectConfig:
 
     def __post_init__(self) -> None:
         if self.checkpoint and self.model is not None:
-            raise ValueError("subject.checkpoint and subject.model both say which encoder; leave one out")
+            raise ValueError(
+                "a from-scratch recipe has its own model (subject.model); leave subject.checkpoint out, or take a "
+                "fine-tuning recipe with --subject.random-init for random weights in the checkpoint's shape"
+            )
+        if self.model is not None and self.image_size is not None:
+            raise ValueError("subject.image_size is for checkpoints; from scratch give --subject.model.image-size")
 
 
 @dataclass(frozen=True)

@@ -21,9 +21,11 @@ def write_curve(history: list[dict[str, float]], path: Path, title: str) -> None
     axes.plot([e["epoch"] for e in tested], [100 * e["top5"] for e in tested], color=BLUE, alpha=0.4, label="top-5")
     axes.set(xlabel="epoch", ylabel="test accuracy (%)", title=title)
     axes.grid(alpha=0.25)
+    axes.xaxis.get_major_locator().set_params(integer=True)
     loss = axes.twinx()
     loss.plot([e["epoch"] for e in history], [e["loss"] for e in history], color=AMBER, linestyle=":", label="loss")
     loss.set_ylabel("training loss")
+    loss.ticklabel_format(axis="y", useOffset=False)
     axes.legend(handles=[*axes.get_lines(), *loss.get_lines()], loc="center right")
     _save(figure, path)
 
