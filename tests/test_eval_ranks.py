@@ -14,12 +14,13 @@ from patchmill.pipeline.data_config import DataConfig
 from patchmill.pipeline.manifest import open_dataset
 from patchmill.trainer.classifier import Classifier, RankBatchNorm
 from patchmill.trainer.encoder import Encoder
-from patchmill.trainer.eval_config import KnnConfig, OnlineEvalConfig, TestConfig
+from patchmill.trainer.eval_config import KnnConfig, TestConfig
 from patchmill.trainer.eval_state import FINISHED, save_classifier
 from patchmill.trainer.evaluate import OnlineEvaluation, evaluate_classifier
 from patchmill.trainer.finetune import run_finetune
 from patchmill.trainer.knn import run_knn
 from patchmill.trainer.mae import MaskedAutoencoder
+from patchmill.trainer.online_config import OnlineEvalConfig
 from patchmill.trainer.probe import run_probe
 from patchmill.trainer.subject import open_subject
 from patchmill.trainer.weight_files import config_json

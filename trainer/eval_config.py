@@ -209,32 +209,6 @@ class FinetuneConfig:
             raise ValueError(f"tuned_blocks is {blocks}; give 0, 0.5 or a whole number of blocks")
 
 
-@dataclass(frozen=True)
-class OnlineEvalConfig:
-    """kNN and a linear probe while pretraining goes on: what the features are worth so far."""
-
-    every_epochs: float | None = None
-    """how often; unset: never"""
-    data_path: str = ""
-    """labelled training data; unset: the pretraining data themselves"""
-    test_path: str = ""
-    """labelled test data"""
-    crop_fraction: float = 0.875
-    """of the centre crop; 1 for images that have their size already"""
-    max_train_samples: int = 50_000
-    """at most so many training images, always the same random ones"""
-    neighbours: int = 20
-    """of kNN"""
-
-    def __post_init__(self) -> None:
-        if self.every_epochs is not None and self.every_epochs <= 0:
-            raise ValueError(f"eval.every_epochs is {self.every_epochs}; it must be positive (leave it out for never)")
-        if self.every_epochs is not None and not self.test_path:
-            raise ValueError("eval.every_epochs needs eval.test_path, a packed dataset with labels")
-        _at_least_one("eval.max_train_samples", self.max_train_samples)
-        _at_least_one("eval.neighbours", self.neighbours)
-
-
 def _at_least_one(name: str, value: int) -> None:
     if value < 1:
         raise ValueError(f"{name} is {value}; it must be at least 1")

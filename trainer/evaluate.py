@@ -17,11 +17,12 @@ from patchmill.pipeline.data_config import DataConfig
 from patchmill.trainer.checkpoint import parse_model_config
 from patchmill.trainer.classifier import Classifier
 from patchmill.trainer.encoder import Encoder
-from patchmill.trainer.eval_config import OnlineEvalConfig, TestConfig
+from patchmill.trainer.eval_config import TestConfig
 from patchmill.trainer.eval_state import read_classifier
 from patchmill.trainer.knn import FeatureTable, knn_scores, make_table
 from patchmill.trainer.labelled import Labelled, class_columns, each_once, open_labelled, to_test_classes
 from patchmill.trainer.mae import MaskedAutoencoder
+from patchmill.trainer.online_config import OnlineEvalConfig
 from patchmill.trainer.scores import Scorer, Scores, check_torchmetrics
 from patchmill.trainer.world import World, autocast_dtype
 

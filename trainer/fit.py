@@ -28,6 +28,13 @@ from patchmill.trainer.optim import learning_rate
 from patchmill.trainer.scores import Scores
 from patchmill.trainer.world import StopVote, World
 
+FREE_OPTIONS = {
+    *("out", "device", "resume", "test", "subject.checkpoint", "fit.test_every_epochs", "fit.save_every_steps"),
+    *(f"data.{name}" for name in ("path", "decoder", "workers", "prefetch_batches", "quarantine_path")),
+    *(f"data.{name}" for name in ("timeout_seconds", "cache_dir", "cache_limit_gib")),
+}
+"""places, devices and what only reports: a run may go on with others"""
+
 
 class Progress(NamedTuple):
     """Where a fit stands, for whoever draws it."""
@@ -141,12 +148,9 @@ def update(
 
 def fixed_options(config: ProbeConfig | FinetuneConfig) -> dict[str, Any]:
     """The options that shape the weights, flat and fit for JSON: without places, devices and what only reports."""
-    free = {"out", "device", "resume", "test", "data.path", "data.workers", "data.prefetch_batches", "data.decoder"}
-    free |= {"data.quarantine_path", "data.timeout_seconds", "fit.test_every_epochs", "fit.save_every_steps"}
-    free |= {"subject.checkpoint"}
 
     def flat(value: Any, name: str) -> dict[str, Any]:
-        if name in free:
+        if name in FREE_OPTIONS:
             return {}
         if isinstance(value, dict):
             return {k: v for key, each in value.items() for k, v in flat(each, f"{name}.{key}".lstrip(".")).items()}

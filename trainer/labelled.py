@@ -55,7 +55,13 @@ def open_labelled(path: str, option: str) -> Labelled:
 def training_loader(
     data: DataConfig, model: ModelConfig, world: World, *, seed: int, global_batch: int, quarantine: Path
 ) -> Loader:
-    """Shuffled, cropped and flipped batches as `data` says; the last batch of an epoch is dropped, as published."""
+    """Shuffled, cropped and flipped batches as `data` says; the last batch of an epoch is dropped, as published.
+
+    Raises:
+        ValueError: what the loader refuses, or repeats: augmentation beyond crops is drawn once for a sample and epoch.
+    """
+    if data.repeats != 1:
+        raise ValueError(f"data.repeats is {data.repeats}; it is for pretraining, leave it at 1")
     return _loader(
         dataclasses.replace(data, quarantine_path=data.quarantine_path or str(quarantine)),
         model,
@@ -90,6 +96,8 @@ def each_once(
         crop="centre",
         crop_fraction=crop_fraction,
         flip=False,
+        colour_jitter=0.0,
+        quarantine_path="",
         repeats=1,
         last_batch="fill",
     )
