@@ -6,6 +6,7 @@ hide kernels that run for a few microseconds. On a CPU the clock is perf_counter
 CPU time of this process: with one thread that is what the wall clock would show on a quiet machine.
 """
 
+import os
 import platform
 import statistics
 import subprocess
@@ -101,7 +102,7 @@ def _cpu_name() -> str:
     text = info.read_text() if info.exists() else ""
     model = next((line.split(":")[1].strip() for line in text.splitlines() if line.startswith("model name")), "CPU")
     extras = [name for flag, name in (("avx512f", "AVX-512"), ("amx_tile", "AMX")) if flag in text]
-    return ", ".join([f"{torch.get_num_threads()} threads of {model}", *extras])
+    return ", ".join([f"{torch.get_num_threads()} of {os.cpu_count()} cores of {model}", *extras])
 
 
 def _commit() -> str:
