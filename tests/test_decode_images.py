@@ -46,11 +46,24 @@ def palette_png():
     return encoded(image, "PNG", transparency=3)
 
 
+def without_adobe_marker(data):
+    start = data.index(b"\xff\xee")
+    return data[:start] + data[start + 2 + int.from_bytes(data[start + 2 : start + 4], "big") :]
+
+
+def as_ycck(data):
+    """The same coded values, declared to be YCCK: other colours, but defined ones."""
+    transform = data.index(b"Adobe") + 11
+    return data[:transform] + b"\x02" + data[transform + 1 :]
+
+
 KINDS = {
     "baseline": lambda: encoded(photo(), "JPEG", quality=90),
     "progressive": lambda: encoded(photo(), "JPEG", quality=90, progressive=True),
     "grey": lambda: encoded(photo().convert("L"), "JPEG", quality=90),
     "cmyk": lambda: encoded(photo().convert("CMYK"), "JPEG", quality=90),
+    "cmyk without adobe marker": lambda: without_adobe_marker(encoded(photo().convert("CMYK"), "JPEG", quality=90)),
+    "ycck": lambda: as_ycck(encoded(photo().convert("CMYK"), "JPEG", quality=90)),
     "rgb jpeg": lambda: encoded(photo(), "JPEG", quality=90, keep_rgb=True),
     "444": lambda: encoded(photo(), "JPEG", quality=90, subsampling=0),
     "png": lambda: encoded(photo(), "PNG"),
