@@ -53,6 +53,7 @@ def test_index_of_foreign_tars(tmp_path):
     before = path.read_bytes()
     assert index.main([str(folder), "--workers", "1"]) == 0
     assert path.read_bytes() == before
+    assert verify.main([str(folder)]) == 0
     dataset = open_dataset(folder)
     assert len(dataset) == 14
     row = dataset.samples[12]

@@ -10,10 +10,11 @@ from patchmill.pipeline.data_config import DataConfig
 from patchmill.pipeline.loader import build_loader
 from patchmill.pipeline.manifest import QUARANTINE_NAME, ImageFormat, open_dataset
 from patchmill.pipeline.masks import MaskConfig
-from patchmill.tools.normalise import Packed, Policy, Rejected, decode, normalise
+from patchmill.tools.normalise import Packed, Policy, normalise
 from patchmill.tools.pack_dataset import pack_dataset
 from patchmill.tools.samples import read_bytes
 from patchmill.tools.sources import list_folder
+from patchmill.tools.strict_decode import Rejected, decode
 from patchmill.tools.verify import verify
 
 CASES = all_cases()

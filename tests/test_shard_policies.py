@@ -12,12 +12,13 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from patchmill.pipeline.manifest import ImageFormat, open_dataset
-from patchmill.tools.normalise import Policy, Rejected, decode, normalise, pack_pixels
+from patchmill.tools.normalise import Policy, normalise, pack_pixels
 from patchmill.tools.pack_dataset import pack_dataset
 from patchmill.tools.plan import PackOptions, cut_shards, make_plan, shuffle_keys
 from patchmill.tools.samples import read_pixels
 from patchmill.tools.sources import labels_from_folders, list_folder
 from patchmill.tools.splits import split_listing
+from patchmill.tools.strict_decode import Rejected, decode
 from photos import COLOUR, GREY, jpeg, make_image_folder, photograph
 
 WIDE = np.ascontiguousarray(photograph("coffee.png")[:300, :500])

@@ -120,12 +120,14 @@ def test_changed_table(dataset, capsys):
     samples["offset"][3] += 512
     samples["label"][4] = 99
     samples["width"][5] += 1
+    samples["offset"][6] = 2**63 + 5
     np.save(path, samples)
     text = "\n".join(faults(dataset, capsys))
     assert "samples.npy: its sha256 is not the manifest's" in text
     assert "sample 3: the table's place is no image of the tar" in text
     assert "labels outside" in text
     assert "sample 5: is " in text
+    assert "sample 6: lies past the end of the tar" in text
 
 
 def test_cut_table(dataset, capsys):

@@ -12,10 +12,10 @@ import numpy as np
 from PIL import Image
 
 from patchmill.pipeline.manifest import Dataset, ImageFormat
-from patchmill.tools.normalise import decode
 from patchmill.tools.samples import read_bytes
 from patchmill.tools.source_archives import numbered_labels
 from patchmill.tools.sources import Listing, Method, make_entries
+from patchmill.tools.strict_decode import decode
 from patchmill.tools.whole import whole_file
 
 JPEG_MODE, RAW_MODE = 0, 1

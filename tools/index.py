@@ -19,11 +19,12 @@ from rich.progress import track
 from patchmill.pipeline.manifest import MANIFEST_NAME, ImageFormat, Manifest
 from patchmill.pipeline.tar_stream import TarDamage, split_key
 from patchmill.tools.finish import write_tables
-from patchmill.tools.normalise import Packed, Policy, Rejected, normalise
+from patchmill.tools.normalise import Packed, Policy, normalise
 from patchmill.tools.pack import PixelSums
 from patchmill.tools.pack_dataset import processors
 from patchmill.tools.source_archives import numbered_labels
 from patchmill.tools.store import LocalStore
+from patchmill.tools.strict_decode import Rejected
 from patchmill.tools.tars import TarMember, image_format, index_of, walk_tar
 
 DESCRIPTION = """\

@@ -10,29 +10,28 @@ Pixels are uint8 [height, width] (grey) or [height, width, channels].
 """
 
 import io
-import struct
-import warnings
-import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal
 
 import numpy as np
 import simplejpeg
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 from PIL.JpegImagePlugin import JpegImageFile
 
 from patchmill.pipeline.manifest import ImageFormat
 from patchmill.pipeline.tiff import read_tiff, write_tiff
 from patchmill.tools.jpeg_scan import BASELINE, JpegFacts, scan_jpeg
+from patchmill.tools.strict_decode import (
+    DECODE_ERRORS,
+    Rejected,
+    jpeg_pixels,
+    oriented,
+    pillow_pixels,
+    pillow_without_limit,
+    strict_pixels,
+)
 
-PILLOW_FORMATS = ("PNG", "GIF", "BMP", "TIFF", "WEBP", "PPM", "AVIF")
-# What Pillow's parsers let through when a file is damaged; none of them is a fault of this program.
-PILLOW_ERRORS = (
-    OSError, SyntaxError, ValueError, EOFError, KeyError, IndexError, TypeError, AttributeError, OverflowError,
-    RuntimeError, ZeroDivisionError, struct.error, zlib.error,
-)  # fmt: skip
 FIRST_BYTES = {
     b"<!DOCTYPE": "an HTML page", b"<html": "an HTML page", b"<?xml": "an XML or SVG file", b"<svg": "an SVG file",
     b"%PDF": "a PDF", b"PK\x03\x04": "a zip archive", b"\x1f\x8b": "a gzip file", b"{": "JSON text",
@@ -41,15 +40,6 @@ IMAGE_STARTS = (b"\xff\xd8", b"\x89PNG", b"GIF8", b"BM", b"RIFF", b"P5", b"P6")
 DEFAULT_SUBSAMPLING = "420"  # chroma subsampling where the source has none of its own
 REENCODE_QUALITY = 95
 ONE_EIGHTH = {"min_height": 1, "min_width": 1, "min_factor": 8}
-
-
-class Rejected(Exception):
-    """An image that is not packed. kind: `bad` (damaged or no image; counted) or `policy` (left out as asked)."""
-
-    def __init__(self, reason: str, kind: str = "bad") -> None:
-        super().__init__(reason)
-        self.reason = reason
-        self.kind = kind
 
 
 @dataclass(frozen=True)
@@ -104,29 +94,6 @@ def pack_pixels(pixels: np.ndarray, policy: Policy) -> Packed:
     return _encode(_resized(np.ascontiguousarray(pixels), policy), policy, subsampling=DEFAULT_SUBSAMPLING)
 
 
-@contextmanager
-def pillow_without_limit() -> Iterator[None]:
-    """Lets check_size alone decide about pixels (Pillow's own limit warns first, then names no option), and warns of
-    nothing: what Pillow has to say about odd metadata does not concern the pixels."""
-    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        Image.MAX_IMAGE_PIXELS = limit
-
-
-def decode(data: bytes, format: ImageFormat) -> np.ndarray:
-    """Strictly decodes a sample of a dataset; uint8 [H, W] or [H, W, C]. ValueError or OSError for damage."""
-    if format == ImageFormat.JPEG:
-        return _strict_pixels(data, simplejpeg.decode_jpeg_header(data)[2])
-    if format == ImageFormat.PNG:
-        with pillow_without_limit(), Image.open(io.BytesIO(data), formats=["PNG"]) as image:
-            return np.asarray(image)
-    return read_tiff(data)
-
-
 def check_size(height: int, width: int, policy: Policy) -> None:
     """Rejects by the size in the header, before a byte is decoded: a bomb costs nothing."""
     if height < 1 or width < 1:
@@ -160,9 +127,9 @@ def _normalise_jpeg(data: bytes, policy: Policy, want_pixels: bool) -> Packed:
         resized = policy.resize == "border" or target_size(height, width, policy) != (height, width)
         if sound and not resized and policy.encode == "keep":
             body = data[: facts.end]
-            pixels = _strict_pixels(body, colours, **({} if want_pixels else ONE_EIGHTH))
+            pixels = strict_pixels(body, colours, **({} if want_pixels else ONE_EIGHTH))
             return Packed(body, ImageFormat.JPEG, width, height, pixels if want_pixels else None)
-        pixels = _oriented(_jpeg_pixels(data, colours, facts, policy), facts.orientation)
+        pixels = oriented(jpeg_pixels(data, colours, facts, target_size(height, width, policy)), facts.orientation)
     except (ValueError, OSError) as error:
         raise Rejected(f"damaged JPEG: {_plain(error)}") from None
     plain_colours = colours in ("Gray", "YCbCr")
@@ -172,41 +139,6 @@ def _normalise_jpeg(data: bytes, policy: Policy, want_pixels: bool) -> Packed:
     if policy.encode == "keep" and not resized and plain_colours:
         return _encode(pixels, replace(policy, quality=REENCODE_QUALITY), subsampling="444", lossy=True)
     return _encode(_resized(pixels, policy), policy, subsampling=subsampling, lossy=plain_colours)
-
-
-def _strict_pixels(data: bytes, colours: str, **least: int) -> np.ndarray:
-    """Grey or RGB pixels at full scale, or at the smallest that satisfies `least` (simplejpeg's min_ arguments);
-    ValueError for whatever libjpeg errs on or warns about."""
-    grey = colours == "Gray"
-    pixels = simplejpeg.decode_jpeg(data, "GRAY" if grey else "RGB", **least)
-    return pixels[:, :, 0] if grey else pixels
-
-
-def _jpeg_pixels(data: bytes, colours: str, facts: JpegFacts, policy: Policy) -> np.ndarray:
-    """Strictly decoded pixels, uint8 grey or RGB, as coded (not yet upright).
-
-    A JPEG that will be shrunk is decoded at the smallest scale from 1/8 to 1/2 that leaves twice the target on each
-    side (between 1/2 and 1 libjpeg-turbo has no vector code and is slower than at full scale).
-    """
-    if colours in ("CMYK", "YCCK"):
-        simplejpeg.decode_jpeg(data, "CMYK")  # strict; Pillow forgives what libjpeg only warns about
-        with pillow_without_limit(), Image.open(io.BytesIO(data), formats=["JPEG"]) as image:
-            return np.asarray(image.convert("RGB"))
-    height, width = target_size(facts.height, facts.width, policy)
-    if facts.height < 4 * height or facts.width < 4 * width:
-        return _strict_pixels(data, colours)
-    return _strict_pixels(data, colours, min_height=2 * height, min_width=2 * width, min_factor=2)
-
-
-def _oriented(pixels: np.ndarray, orientation: int) -> np.ndarray:
-    """Applies an EXIF orientation (1..8), giving the image as it is meant to be seen."""
-    if orientation in (5, 6, 7, 8):
-        pixels = pixels.swapaxes(0, 1)
-    if orientation in (3, 4, 7, 8):
-        pixels = pixels[::-1]
-    if orientation in (2, 3, 6, 7):
-        pixels = pixels[:, ::-1]
-    return np.ascontiguousarray(pixels)
 
 
 def _encode_like(pixels: np.ndarray, source: bytes, facts: JpegFacts) -> Packed:
@@ -232,15 +164,10 @@ def _encode_like(pixels: np.ndarray, source: bytes, facts: JpegFacts) -> Packed:
 def _normalise_other(data: bytes, policy: Policy) -> Packed:
     """PNG and the formats that only Pillow reads; of several frames the first."""
     try:
-        with pillow_without_limit(), Image.open(io.BytesIO(data), formats=PILLOW_FORMATS) as image:
-            check_size(image.height, image.width, policy)
-            image.load()
-            upright = _orientation(image) == 1
-            plain = upright and _is_plain_png(data, image)
-            pixels = _eight_bit(image if upright else ImageOps.exif_transpose(image), policy)
+        pixels, plain = pillow_pixels(data, partial(check_size, policy=policy), policy.alpha == "keep")
     except UnidentifiedImageError:
         return _normalise_tiff(data, policy)
-    except PILLOW_ERRORS as error:
+    except DECODE_ERRORS as error:
         raise Rejected(f"damaged image: {_plain(error)}") from None
     height, width = pixels.shape[:2]
     resized = policy.resize == "border" or target_size(height, width, policy) != (height, width)
@@ -258,35 +185,6 @@ def _normalise_tiff(data: bytes, policy: Policy) -> Packed:
         return pack_pixels(read_tiff(data), policy)
     except ValueError as error:
         raise Rejected(f"unreadable TIFF: {error}") from None
-
-
-def _orientation(image: Image.Image) -> int:
-    try:
-        value = image.getexif().get(0x0112, 1)
-    except PILLOW_ERRORS:
-        return 1  # nonsense in the EXIF block does not make the pixels worse
-    return value if value in range(1, 9) else 1
-
-
-def _is_plain_png(data: bytes, image: Image.Image) -> bool:
-    """8 bits, grey or RGB, not interlaced, no transparency, one frame: what every PNG decoder reads alike."""
-    if image.format != "PNG" or getattr(image, "n_frames", 1) > 1 or "transparency" in image.info:
-        return False
-    depth, colour_type, interlace = data[24], data[25], data[28]
-    return depth == 8 and colour_type in (0, 2) and interlace == 0
-
-
-def _eight_bit(image: Image.Image, policy: Policy) -> np.ndarray:
-    """uint8 grey, RGB or (alpha kept) RGBA pixels of a decoded image."""
-    mode = image.mode
-    if mode.startswith("I;16") or (mode == "I" and image.format in ("PNG", "PPM")):
-        wide = np.asarray(image).astype(np.uint32)
-        return ((wide + 128) // 257).astype(np.uint8)
-    if mode in ("I", "F"):
-        raise Rejected("32-bit pixels have no defined range: convert them to 8 or 16 bits")
-    if policy.alpha == "keep" and (mode in ("RGBA", "LA", "PA") or "transparency" in image.info):
-        return np.asarray(image.convert("RGBA"))
-    return np.asarray(image.convert("L" if mode in ("1", "L", "LA") else "RGB"))
 
 
 def _resized(pixels: np.ndarray, policy: Policy) -> np.ndarray:

@@ -14,10 +14,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from patchmill.pipeline.manifest import EXTENSIONS
-from patchmill.tools.normalise import Packed, Policy, Rejected, normalise, pack_pixels
+from patchmill.tools.normalise import Packed, Policy, normalise, pack_pixels
 from patchmill.tools.plan import ShardTask
 from patchmill.tools.sources import Listing, Method, SourceDamage, read_sample
 from patchmill.tools.store import Store
+from patchmill.tools.strict_decode import Rejected
 from patchmill.tools.tars import ShardWriter
 
 Progress = Callable[[int, int, int], bool]  # (images, source bytes, bad images) just done -> go on?

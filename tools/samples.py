@@ -5,7 +5,7 @@ import zlib
 import numpy as np
 
 from patchmill.pipeline.manifest import Dataset, ImageFormat
-from patchmill.tools.normalise import decode
+from patchmill.tools.strict_decode import decode
 
 
 def read_bytes(dataset: Dataset, index: int) -> bytes:
