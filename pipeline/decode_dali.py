@@ -1,7 +1,6 @@
 """sample bytes, windows -> [decode_dali] -> images: NVIDIA DALI, on the GPU or on the CPU through the same graph.
 
-    index callable -> external_source -> decoders.image_slice (only the window is decoded) -> resize -> flip -> uint8
-    NHWC
+    index callable -> external_source -> decoders.image_slice (only the window) -> resize -> flip -> uint8 NHWC
 
 DALI holds no random state and no order here: it asks for batch i and receives bytes, windows and flips, so that it
 agrees with every other decoder and restarts anywhere. The only file that imports DALI.

@@ -38,6 +38,8 @@ def open_feeder(
     Raises:
         ValueError, OSError: what is wrong, and how to mend it.
     """
+    if not config.path:
+        raise ValueError("data.path is not set: give the folder that `patchmill shard` wrote")
     crop = CropConfig(
         config.crop, config.crop_rule, config.scale, config.ratio, config.crop_fraction, config.flip, aspect
     )

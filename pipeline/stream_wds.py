@@ -111,8 +111,8 @@ class StreamFeeder:
                 used = sum(1 for _ in islice(samples, step * self.local_slots))
                 if used:
                     log.warning("read past %d samples to reach step %d of epoch %d", used, step, epoch)
-                for step in range(step, self.steps_per_epoch):  # noqa: B020
-                    yield self._plan(epoch, step, list(islice(samples, self.local_slots)))
+                for now in range(step, self.steps_per_epoch):
+                    yield self._plan(epoch, now, list(islice(samples, self.local_slots)))
             step = self.steps_per_epoch
 
     def fetch(self, plan: StepPlan, lo: int, hi: int) -> list[bytes]:

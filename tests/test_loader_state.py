@@ -200,6 +200,8 @@ def test_bad_settings_are_refused_by_name(options):
 
 
 def test_missing_data_names_the_remedy(tmp_path):
+    with pytest.raises(ValueError, match=r"data\.path is not set"):
+        open_loader("")
     with pytest.raises(FileNotFoundError, match="patchmill shard"):
         open_loader(tmp_path / "nothing")
     with pytest.raises(ValueError, match="multiple of the patch size"):
