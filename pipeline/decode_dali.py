@@ -31,7 +31,7 @@ from patchmill.pipeline.shards import JPEG_START
 from patchmill.pipeline.stream_wds import AnyFeeder
 
 PNG_START = b"\x89PNG\r\n\x1a\n"
-PNG_PLAIN = (0, 2, 6)  # colour types grey, RGB and RGBA
+PNG_PLAIN = ((8, 0), (8, 2), (8, 6))  # bit depth and colour type: grey, RGB and RGBA
 HARDWARE_SHARE = 0.65  # of the images for the hardware JPEG engine, where there is one; the rest goes to CUDA kernels
 
 
@@ -176,7 +176,11 @@ class _Source:
         def convert(data: bytes, size_hw: tuple[int, int]) -> Any:
             if self.decodes:
                 return decode_image(data, self.channels, size_hw)
-            return data if is_plain(data) and not everything else as_ppm(decode_image(data, self.channels, size_hw))
+            return (
+                data
+                if is_plain(data, size_hw) and not everything
+                else as_ppm(decode_image(data, self.channels, size_hw))
+            )
 
         samples = []
         for slot, data in enumerate(self.feeder.fetch(plan, lo, min(lo + CHUNK, self.feeder.local_slots)), start=lo):
@@ -191,14 +195,20 @@ class _Source:
         return samples
 
 
-def is_plain(data: bytes) -> bool:
-    """Whether DALI decodes an image as documented: 8-bit grey, YCbCr or RGB JPEGs, 8-bit grey, RGB or RGBA PNGs."""
+def is_plain(data: bytes, size_hw: tuple[int, int]) -> bool:
+    """Whether DALI decodes an image as documented: 8-bit grey, YCbCr or RGB JPEGs, 8-bit grey, RGB or RGBA PNGs.
+
+    Only with the size that is expected (or turned, for EXIF): DALI would decode a bomb, or fail on windows outside.
+    """
     if data[:3] == JPEG_START:
         try:
-            return simplejpeg.decode_jpeg_header(data)[2] in ("Gray", "YCbCr", "RGB")
+            height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
         except ValueError:
             return False
-    return data[:8] == PNG_START and data[24] == 8 and data[25] in PNG_PLAIN and b"eXIf" not in data[:65536]
+        return colours in ("Gray", "YCbCr", "RGB") and (height, width) in (size_hw, size_hw[::-1])
+    if data[:8] != PNG_START or tuple(data[24:26]) not in PNG_PLAIN or b"eXIf" in data[:65536]:
+        return False
+    return (int.from_bytes(data[20:24], "big"), int.from_bytes(data[16:20], "big")) == size_hw
 
 
 def as_ppm(image_HWC: NDArray[np.uint8]) -> bytes:

@@ -56,12 +56,14 @@ def displayed_size(data: bytes) -> tuple[int, int]:
     try:
         if data[:3] == JPEG_START and EXIF_MARK not in data[:65536]:
             height, width, *_ = simplejpeg.decode_jpeg_header(data)
-            return height, width
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            turned = image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
-            return (image.width, image.height) if turned else (image.height, image.width)
+        else:
+            with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+                turned = image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+                height, width = (image.width, image.height) if turned else (image.height, image.width)
     except PILLOW_ERRORS as error:
         raise ValueError(f"cannot be decoded: {error}") from None
+    _check_pixels(height, width)
+    return height, width
 
 
 def _decode_jpeg(data: bytes, colourspace: str) -> ImageHWC | None:
@@ -72,8 +74,7 @@ def _decode_jpeg(data: bytes, colourspace: str) -> ImageHWC | None:
         return None
     if source in ("CMYK", "YCCK"):
         return None
-    if height * width > MAX_PIXELS:
-        raise ValueError(f"claims {width} x {height} pixels, more than {MAX_PIXELS}")
+    _check_pixels(height, width)
     image = simplejpeg.decode_jpeg(data, colourspace)
     return _orient(image, data) if EXIF_MARK in data[:65536] else image
 
@@ -106,8 +107,7 @@ def _decode_tiff(data: bytes, channels: int) -> ImageHWC | None:
 def _decode_with_pillow(data: bytes, channels: int) -> ImageHWC:
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            if image.height * image.width > MAX_PIXELS:
-                raise ValueError(f"claims {image.width} x {image.height} pixels, more than {MAX_PIXELS}")
+            _check_pixels(image.height, image.width)
             upright = ImageOps.exif_transpose(image)
             if upright.mode.startswith("I"):  # 16 bits: to 8 as round(v / 257); Pillow's own conversion clips at 255
                 wide = np.asarray(upright).astype(np.uint32)
@@ -115,6 +115,11 @@ def _decode_with_pillow(data: bytes, channels: int) -> ImageHWC:
             return _convert(upright, channels)
     except PILLOW_ERRORS as error:
         raise ValueError(f"cannot be decoded: {error}") from None
+
+
+def _check_pixels(height: int, width: int) -> None:
+    if height * width > MAX_PIXELS:
+        raise ValueError(f"claims {width} x {height} pixels, more than {MAX_PIXELS}")
 
 
 def _convert(image: Image.Image, channels: int) -> ImageHWC:

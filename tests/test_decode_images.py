@@ -9,7 +9,8 @@ from PIL import Image, ImageOps
 from raw_dataset import make_raw_dataset
 
 from patchmill.pipeline.decode_cpu import INTERPOLATIONS
-from patchmill.pipeline.images import decode_image
+from patchmill.pipeline.decode_dali import is_plain
+from patchmill.pipeline.images import decode_image, displayed_size
 from patchmill.pipeline.loader import DataConfig, build_loader
 from patchmill.pipeline.masks import MaskConfig
 from patchmill.pipeline.tiff import write_tiff
@@ -220,6 +221,10 @@ def test_bombs_are_refused_before_they_are_decoded():
     bomb = honest[: frame + 5] + (20000).to_bytes(2, "big") * 2 + honest[frame + 9 :]
     with pytest.raises(ValueError, match="20000 x 20000 pixels"):
         decode_image(bomb, 3)
+    with pytest.raises(ValueError, match="20000 x 20000 pixels"):
+        displayed_size(bomb)
+    assert is_plain(honest, displayed_size(honest))
+    assert not is_plain(bomb, displayed_size(honest))  # never reaches DALI, which would decode it
     png = encoded(Image.new("1", (20000, 20000)), "PNG")
     with pytest.raises(ValueError, match="pixels"):
         decode_image(png, 3)

@@ -157,6 +157,7 @@ def undecodable():
     return {
         "empty": b"",
         "html": b"<!DOCTYPE html><html></html>",
+        "nothing but a png's start": b"\x89PNG\r\n\x1a\n",
         "png cut short": b"\x89PNG\r\n\x1a\n" + bytes(60),
         "jpeg without an end": good[: len(good) // 2],
         "jpeg with a broken table": with_broken_table(good),
