@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from patchmill.trainer.evaluate import fit_logistic
 from patchmill.trainer.knn import FeatureTable, knn_scores
 
 
@@ -26,3 +27,15 @@ def test_blocks_of_the_similarity_matrix_do_not_show(monkeypatch):
     monkeypatch.setattr("patchmill.trainer.knn.SIMILARITIES", 50 * 4)
     torch.testing.assert_close(knn_scores(train, test, (5,), 0.07, 4)[5], whole)
     assert torch.equal(knn_scores(train, train.features, (1,), 0.07, 4)[1].argmax(1), train.labels)
+
+
+def test_the_online_probe_finds_what_is_linear():
+    generator = torch.Generator().manual_seed(0)
+    centres, labels = 3 * torch.randn(4, 6, generator=generator), torch.arange(200) % 4
+    features = centres[labels] + 0.3 * torch.randn(200, 6, generator=generator)
+    table = FeatureTable(features * torch.tensor([1, 10, 100, 1, 1, 1e-3]) + 50, labels)
+    weight, bias = fit_logistic(table, 4)
+    again, _ = fit_logistic(table, 4)
+    assert torch.equal(weight, again)
+    standard = (table.features - table.features.mean(0)) / table.features.std(0)
+    assert ((standard @ weight.T + bias).argmax(1) == labels).all()

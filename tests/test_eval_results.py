@@ -25,10 +25,10 @@ def command(setup, name, *options, capsys):
     return printed.out
 
 
-def write_result(folder, protocol, top1, run, start="pretrained"):
+def write_result(folder, protocol, top1, run, start="pretrained", test="val", seed=0):
     folder.mkdir(parents=True)
-    results = {"protocol": protocol, "top1": top1, "start": start, "checkpoint": f"x/{run}.pth"}
-    results |= {"pretrained": {"run": run}} if start != "scratch" else {}
+    results = {"protocol": protocol, "top1": top1, "start": start, "checkpoint": f"x/{run}.pth", "test": test}
+    results |= {"seed": seed} | ({"pretrained": {"run": run, "seed": run[-1]}} if start != "scratch" else {})
     (folder / "results.json").write_text(json.dumps(results))
 
 
@@ -77,6 +77,24 @@ def test_seeds_are_one_row_with_mean_and_deviation(tmp_path):
         "| mae | 60.00 ± 10.00 (3) | - | 55.00 |",
         "| mae, random weights | 25.00 | - | - |",
     ]
+
+
+def test_other_test_data_and_other_options_are_columns_of_their_own(tmp_path):
+    write_result(tmp_path / "a" / "finetune", "finetune", 0.5, "mae-s0")
+    write_result(tmp_path / "b" / "finetune", "finetune", 0.6, "mae-s1")
+    assert gather(tmp_path) == {"mae": {"finetune": [0.5, 0.6]}}
+    write_result(tmp_path / "a" / "long", "finetune", 0.7, "mae-s0")
+    assert gather(tmp_path) == {"mae": {"finetune (finetune)": [0.5, 0.6], "finetune (long)": [0.7]}}
+    write_result(tmp_path / "a" / "flowers", "knn", 0.1, "mae-s0", test="flowers")
+    assert set(gather(tmp_path)["mae"]) == {
+        "finetune on val (finetune)",
+        "finetune on val (long)",
+        "knn on flowers",
+    }
+    (tmp_path / "a" / "other").mkdir()
+    (tmp_path / "a" / "other" / "results.json").write_text("[]")
+    with pytest.raises(ValueError, match="no result of ours"):
+        gather(tmp_path)
 
 
 @pytest.mark.parametrize(

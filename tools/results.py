@@ -8,9 +8,10 @@ import json
 import re
 import statistics
 import sys
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import tyro
 
@@ -55,17 +56,49 @@ def main(argv: list[str]) -> int:
     return 0
 
 
+class Found(NamedTuple):
+    """One results.json."""
+
+    row: str
+    protocol: str
+    top1: float
+    test: str
+    """the test data"""
+    seeds: tuple
+    """of pretraining and evaluation"""
+    folder: str
+    """name of the run's folder"""
+
+
 def gather(folder: Path) -> dict[str, dict[str, list[float]]]:
-    """row -> protocol -> top-1 of each seed, in the order of paths. ValueError for a file that is none of ours."""
+    """row -> column -> top-1 of each seed, in the order of paths.
+
+    A column is a protocol; its test data are named where there are several, its folder where a seed comes twice.
+
+    Raises:
+        ValueError: a file that is none of ours.
+    """
+    everything = [_read(path) for path in sorted(folder.rglob(RESULTS))]
+    several = len({found.test for found in everything}) > 1
+    cells = Counter((found.row, found.protocol, found.test, found.seeds) for found in everything)
+    twice = {(row, protocol, test) for (row, protocol, test, _), count in cells.items() if count > 1}
     table: dict[str, dict[str, list[float]]] = {}
-    for path in sorted(folder.rglob(RESULTS)):
-        try:
-            results = json.loads(path.read_text(encoding="utf-8"))
-            row, protocol, top1 = row_name(results), results["protocol"], float(results["top1"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path} is no result of ours ({error!r}); move it elsewhere") from error
-        table.setdefault(row, {}).setdefault(protocol, []).append(top1)
+    for found in everything:
+        column = f"{found.protocol} on {found.test}" if several else found.protocol
+        if (found.row, found.protocol, found.test) in twice:
+            column += f" ({found.folder})"
+        table.setdefault(found.row, {}).setdefault(column, []).append(found.top1)
     return table
+
+
+def _read(path: Path) -> Found:
+    try:
+        results = json.loads(path.read_text(encoding="utf-8"))
+        seeds = (results.get("pretrained", {}).get("seed"), results["seed"])
+        protocol, top1, test = results["protocol"], float(results["top1"]), results["test"]
+        return Found(row_name(results), protocol, top1, test, seeds, path.parent.name)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is no result of ours ({error!r}); move it elsewhere") from error
 
 
 def row_name(results: dict[str, Any]) -> str:
@@ -95,15 +128,16 @@ def _cell(values: list[float]) -> str:
     return f"{mean:.2f} ± {100 * statistics.stdev(values):.2f} ({len(values)})"
 
 
-def _place(protocol: str) -> tuple[int, float, str]:
-    if protocol in ORDER:
-        return ORDER.index(protocol), 0.0, protocol
-    blocks = _blocks(protocol)
-    return (len(ORDER) + 1, 0.0, protocol) if blocks is None else (len(ORDER), blocks, protocol)
+def _place(column: str) -> tuple[int, float, str]:
+    """Where a column stands."""
+    protocol, blocks = column.split()[0], _blocks(column)
+    if blocks is not None:
+        return len(ORDER), blocks, column
+    return (ORDER.index(protocol) if protocol in ORDER else len(ORDER) + 1), 0.0, column
 
 
-def _blocks(protocol: str) -> float | None:
-    found = re.fullmatch(r"partial-([0-9.]+)", protocol)
+def _blocks(column: str) -> float | None:
+    found = re.match(r"partial-([0-9.]+)", column)
     return float(found[1]) if found else None
 
 

@@ -59,7 +59,7 @@ def find_finished(run: Path, config: ProbeConfig | FinetuneConfig, subject: Subj
     if not (run / RESULTS).is_file():
         return None
     results = json.loads((run / RESULTS).read_text(encoding="utf-8"))
-    options = fixed_options(config) | {"encoder": str(subject.file)}
+    options = fixed_options(config) | {"encoder": subject.name}
     was = results.get("options", {})
     changed = [name for name in sorted({*was, *options}) if was.get(name) != options.get(name)]
     if changed or config.resume == "never":
@@ -82,7 +82,7 @@ def write_report(
     """Writes results, pictures and classifier of a fit that has ended and deletes its state; else nothing."""
     if fitted.scores is None or fitted.interrupted:
         return Report(run, {}, fitted.step, fitted.total_steps, fitted.interrupted)
-    options = fixed_options(config) | {"encoder": str(subject.file)}
+    options = fixed_options(config) | {"encoder": subject.name}
     results = common_results(protocol, subject, config.seed, test, fitted.scores)
     results |= {"steps": fitted.step, "seconds": round(fitted.seconds, 1), "options": options}
     results |= {"history": fitted.history}

@@ -72,7 +72,7 @@ def load_state(run: Path, learning: Learning, options: dict[str, Any]) -> dict[s
         for name, parameter in _trained(learning.model):
             parts = {each.split(".")[1] for each in tensors if each.startswith("optimizer.")}
             learning.optimizer.state[parameter] = {
-                key: _placed(tensors[f"optimizer.{key}.{name}"], parameter) for key in sorted(parts)
+                key: tensors[f"optimizer.{key}.{name}"].to(parameter.device) for key in sorted(parts)
             }
     except (SafetensorError, KeyError, RuntimeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} cannot be used ({error}); remove it to start anew, or give another --out") from error
@@ -118,10 +118,6 @@ def _learnt(model: Classifier) -> dict[str, Tensor]:
     """Learning parameters, and the buffers that follow them (BatchNorm's statistics)."""
     named = {name: parameter.detach() for name, parameter in _trained(model)}
     return named | {name: value for name, value in model.state_dict().items() if name.startswith("head.0.")}
-
-
-def _placed(value: Tensor, parameter: Tensor) -> Tensor:
-    return value.to(parameter.device) if value.ndim else value  # AdamW's fused step count stays where it was made
 
 
 def _write(path: Path, tensors: dict[str, Tensor], header: dict[str, str]) -> None:

@@ -4,7 +4,6 @@
 (ImageNet-A, -R, -C, Sketch, ...), `OnlineEvaluation` kNN and a linear probe while pretraining goes on.
 """
 
-import contextlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -62,7 +61,7 @@ def classify(
     scorer = Scorer(num_classes, world.device)
     for batch, counts_B in each_once(data, test.path, test.crop_fraction, model.config, world, test.batch):
         images_BCHW = model.normalise(batch.images.permute(0, 3, 1, 2) / 255)
-        with torch.autocast(world.device.type, dtype=autocast) if autocast else contextlib.nullcontext():
+        with torch.autocast(world.device.type, dtype=autocast, enabled=autocast is not None):
             logits_BA = (call or model)(images_BCHW)
         scorer.add(to_test_classes(logits_BA.float(), columns), batch.labels, counts_B)
     return scorer.result()

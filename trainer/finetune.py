@@ -4,7 +4,6 @@ Source: the published `main_finetune.py` (He et al. 2021, Table 9; partial: sect
 Table 11). Layer-wise rates, drop path, RandAugment, random erasing, mixup or cutmix, smoothed labels.
 """
 
-import contextlib
 import dataclasses
 from collections.abc import Callable
 from functools import partial
@@ -79,7 +78,7 @@ def run_finetune(
         return classify(model, config.data, config.test, columns, len(test.classes), world, autocast, tested)
 
     open_folder(run, config, world)
-    about = {"encoder": str(subject.file), "classes": len(train.classes), "ranks": world.size}
+    about = {"encoder": subject.name, "classes": len(train.classes), "ranks": world.size}
     with training_loader(
         config.data,
         model.config,
@@ -146,7 +145,7 @@ def finetune_loss(
         scales_SB = path_scales(
             config.seed, batch.epoch, ids_B, model.config.depth, config.drop_path, config.tuned_blocks
         ).to(images_BCHW.device)
-    with torch.autocast(images_BCHW.device.type, dtype=autocast) if autocast else contextlib.nullcontext():
+    with torch.autocast(images_BCHW.device.type, dtype=autocast, enabled=autocast is not None):
         logits_BA = forward(images_BCHW, scales_SB)
     return soft_cross_entropy(logits_BA, target_BA)
 

@@ -6,7 +6,6 @@ weight exp(similarity / temperature).
 Shapes: N training images, T test images, D width, A classes, k neighbours.
 """
 
-import contextlib
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -50,7 +49,7 @@ def make_table(
     """Encodes the images of a dataset, each once, centre-cropped; see `each_once` for `batch` and `most`."""
     features, labels, counts = [], [], []
     for found, counts_B in each_once(data, path, crop_fraction, encoder.config, world, batch, most=most):
-        with torch.autocast(world.device.type, dtype=autocast) if autocast else contextlib.nullcontext():
+        with torch.autocast(world.device.type, dtype=autocast, enabled=autocast is not None):
             cls_BD, patches_BLD = encoder(found.images)
         features.append((cls_BD if pool == "cls" else patches_BLD.float().mean(1)).float())
         labels.append(found.labels)

@@ -4,7 +4,6 @@ Source: the published `main_linprobe.py` (He et al. 2021, Table 10): class token
 layer, LARS, lr = 0.1 * batch / 256, no weight decay, random-resized crops by the TensorFlow rule, flips.
 """
 
-import contextlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -61,7 +60,7 @@ def run_probe(config: ProbeConfig, world: World, stop: list[str], on_progress: C
         del part
         model.head.train()
         images_BCHW = model.normalise(batch.images.permute(0, 3, 1, 2) / 255)
-        with torch.autocast(world.device.type, dtype=autocast) if autocast else contextlib.nullcontext():
+        with torch.autocast(world.device.type, dtype=autocast, enabled=autocast is not None):
             logits_BA = forward(images_BCHW)
         return F.cross_entropy(logits_BA.float(), batch.labels)
 
@@ -70,7 +69,7 @@ def run_probe(config: ProbeConfig, world: World, stop: list[str], on_progress: C
         return classify(model, config.data, config.test, columns, len(test.classes), world, autocast)
 
     open_folder(run, config, world)
-    about = {"encoder": str(subject.file), "classes": len(train.classes)}
+    about = {"encoder": subject.name, "classes": len(train.classes)}
     with training_loader(
         config.data,
         model.config,

@@ -24,6 +24,11 @@ class Subject(NamedTuple):
     file: Path | None
     """where shape and perhaps weights were read"""
 
+    @property
+    def name(self) -> str:
+        """The file, wherever the command is run; "none" from scratch."""
+        return "none" if self.file is None else str(self.file.resolve())
+
     def origin(self) -> dict[str, Any]:
         """For results: the file, and what config.toml of its run says of the pretraining, where there is one."""
         if self.file is None:
