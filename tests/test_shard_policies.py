@@ -47,7 +47,7 @@ def test_resize(resize, size, expected, source):
         assert not pixels[:20].any() or source == "jpeg"
         pixels = pixels[(128 - 77) // 2 :][:77]
         expected = (77, 128)
-    bound = 0.01 if source == "png" else 4.0 if resize == "border" else 2.5  # JPEG's blocks ring at a black border
+    bound = 0.02 if source == "png" else 4.0  # JPEG halves the chroma, and rings at a black border
     reference = np.asarray(Image.fromarray(WIDE).resize(expected[::-1], Image.Resampling.BICUBIC))
     assert np.abs(pixels.astype(int) - reference).mean() < bound
 
@@ -57,7 +57,7 @@ def test_resize_decodes_no_more_than_it_needs():
     photo = np.ascontiguousarray(np.kron(photograph("chelsea.png")[:288, :448], np.ones((4, 4, 1), np.uint8)))
     packed = normalise(jpeg(photo, 95), Policy(resize="shorter-side", size=72))
     reference = np.asarray(Image.fromarray(photo).resize((112, 72), Image.Resampling.BICUBIC))
-    assert np.abs(decode(packed.data, packed.format).astype(int) - reference).mean() < 2.5
+    assert np.abs(decode(packed.data, packed.format).astype(int) - reference).mean() < 4
 
 
 @pytest.mark.parametrize("pixels", [WIDE, photograph("camera.png")], ids=["rgb", "grey"])

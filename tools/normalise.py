@@ -22,6 +22,7 @@ from PIL.JpegImagePlugin import JpegImageFile
 from patchmill.pipeline.manifest import ImageFormat
 from patchmill.pipeline.tiff import read_tiff, write_tiff
 from patchmill.tools.jpeg_scan import BASELINE, JpegFacts, scan_jpeg
+from patchmill.tools.shrink import shrink
 from patchmill.tools.strict_decode import (
     DECODE_ERRORS,
     Rejected,
@@ -37,7 +38,6 @@ FIRST_BYTES = {
     b"%PDF": "a PDF", b"PK\x03\x04": "a zip archive", b"\x1f\x8b": "a gzip file", b"{": "JSON text",
 }  # fmt: skip
 IMAGE_STARTS = (b"\xff\xd8", b"\x89PNG", b"GIF8", b"BM", b"RIFF", b"P5", b"P6")
-DEFAULT_SUBSAMPLING = "420"  # chroma subsampling where the source has none of its own
 REENCODE_QUALITY = 95
 ONE_EIGHTH = {"min_height": 1, "min_width": 1, "min_factor": 8}
 
@@ -91,7 +91,7 @@ def pack_pixels(pixels: np.ndarray, policy: Policy) -> Packed:
         if policy.resize != "none":
             raise Rejected(f"images of {pixels.shape[2]} channels cannot be resized", "policy")
         return Packed(write_tiff(pixels), ImageFormat.TIFF, width, height, pixels)
-    return _encode(_resized(np.ascontiguousarray(pixels), policy), policy, subsampling=DEFAULT_SUBSAMPLING)
+    return _encode(_resized(np.ascontiguousarray(pixels), policy), policy)
 
 
 def check_size(height: int, width: int, policy: Policy) -> None:
@@ -119,7 +119,7 @@ def _normalise_jpeg(data: bytes, policy: Policy, want_pixels: bool) -> Packed:
     try:
         facts = scan_jpeg(data)
         check_size(facts.height, facts.width, policy)
-        height, width, colours, subsampling = simplejpeg.decode_jpeg_header(data)
+        height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
         if (height, width) != (facts.height, facts.width):
             raise Rejected("damaged JPEG: two frame headers that disagree")
         upright = facts.orientation == 1
@@ -138,7 +138,7 @@ def _normalise_jpeg(data: bytes, policy: Policy, want_pixels: bool) -> Packed:
         return _encode_like(pixels, data, facts)
     if policy.encode == "keep" and not resized and plain_colours:
         return _encode(pixels, replace(policy, quality=REENCODE_QUALITY), subsampling="444", lossy=True)
-    return _encode(_resized(pixels, policy), policy, subsampling=subsampling, lossy=plain_colours)
+    return _encode(_resized(pixels, policy), policy, lossy=plain_colours)
 
 
 def _encode_like(pixels: np.ndarray, source: bytes, facts: JpegFacts) -> Packed:
@@ -173,7 +173,7 @@ def _normalise_other(data: bytes, policy: Policy) -> Packed:
     resized = policy.resize == "border" or target_size(height, width, policy) != (height, width)
     if plain and not resized and policy.encode == "keep":
         return Packed(data, ImageFormat.PNG, width, height, pixels)
-    return _encode(_resized(pixels, policy), policy, subsampling=DEFAULT_SUBSAMPLING)
+    return _encode(_resized(pixels, policy), policy)
 
 
 def _normalise_tiff(data: bytes, policy: Policy) -> Packed:
@@ -191,7 +191,7 @@ def _resized(pixels: np.ndarray, policy: Policy) -> np.ndarray:
     """Shrinks with an antialiased bicubic filter; `border` then pads with black to a square."""
     height, width = target_size(pixels.shape[0], pixels.shape[1], policy)
     if (height, width) != pixels.shape[:2]:
-        pixels = np.asarray(Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC))
+        pixels = shrink(pixels, height, width)
     if policy.resize == "border":
         top, left = (policy.size - height) // 2, (policy.size - width) // 2
         rest = [(top, policy.size - height - top), (left, policy.size - width - left)]
@@ -199,7 +199,7 @@ def _resized(pixels: np.ndarray, policy: Policy) -> np.ndarray:
     return pixels
 
 
-def _encode(pixels: np.ndarray, policy: Policy, *, subsampling: str, lossy: bool = False) -> Packed:
+def _encode(pixels: np.ndarray, policy: Policy, *, lossy: bool = False, subsampling: str = "420") -> Packed:
     """JPEG where asked for, or where the source was one; PNG otherwise. Alpha is only ever held by PNG."""
     height, width = pixels.shape[:2]
     grey = pixels.ndim == 2
