@@ -47,7 +47,7 @@ def list_parquet(paths: list[Path], columns: Columns, staging: Path) -> Listing:
     try:
         from pyarrow import ArrowInvalid, parquet
     except ImportError:
-        raise ValueError("Parquet needs another package: pip install pyarrow") from None
+        raise ValueError("Parquet needs another package: pip install 'patchmill[parquet]'") from None
     try:
         schema = parquet.read_schema(paths[0])
         image = next((name for name in (columns.path, *IMAGE_COLUMNS) if _holds_bytes(schema, name)), None)
