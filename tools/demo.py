@@ -31,13 +31,13 @@ class DemoConfig:
     """folder for everything; emptied first"""
     crops: int = 1000
     """JPEGs to cut"""
-    steps: int = 600
+    steps: int = 1400
     """updates of the model"""
     seed: int = 0
 
 
 def cut_crops(folder: Path, count: int, seed: int) -> None:
-    """Writes `count` JPEG crops of 128 to 256 pixels, one class folder a photograph."""
+    """Writes `count` square JPEG crops, 60 to 100 % of their photograph's shorter side, one class folder each."""
     from skimage import data
 
     rng = np.random.default_rng(seed)
@@ -46,7 +46,7 @@ def cut_crops(folder: Path, count: int, seed: int) -> None:
     for number in range(count):
         which = number % len(sources)
         source = sources[which]
-        side = int(rng.integers(128, 257))
+        side = int(rng.uniform(0.6, 1.0) * min(source.size))
         left, top = (int(rng.integers(0, extent - side + 1)) for extent in source.size)
         place = folder / PHOTOGRAPHS[which] / f"{number:05d}.jpg"
         place.parent.mkdir(parents=True, exist_ok=True)
@@ -64,8 +64,8 @@ def main(argv: list[str]) -> int:
     console.rule(f"1  {config.crops} JPEG crops of scikit-image's photographs")
     cut_crops(photographs, config.crops, config.seed)
     train = ["--recipe", "mae-tiny", "--data.path", shards, "--out", run]
-    train += ["--train.total-steps", config.steps, "--seed", config.seed]
-    draw = ["--checkpoint", run, "--data.path", shards, "--out", out / "reconstructions.png"]
+    train += ["--data.scale", 0.5, 1.0, "--train.total-steps", config.steps, "--seed", config.seed]
+    draw = ["--checkpoint", run, "--data.path", shards, "--data.scale", 0.5, 1.0, "--out", out / "reconstructions.png"]
     for title, command, options in (
         ("2  pack them into shards", "shard", [photographs, shards]),
         ("3  pretrain a tiny masked autoencoder", "pretrain", train),

@@ -1,5 +1,7 @@
 """patchmill reconstruct: checkpoint + shards -> a PNG of masked | reconstruction | original (paper, Figure 2)."""
 
+import dataclasses
+import inspect
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,7 +43,8 @@ class ReconstructConfig:
 
 def main(argv: list[str]) -> int:
     """Runs the command."""
-    config = tyro.cli(ReconstructConfig, prog="patchmill reconstruct", args=argv)
+    about = inspect.getdoc(ReconstructConfig)
+    config = tyro.cli(ReconstructConfig, prog="patchmill reconstruct", description=about, args=argv)
     out = Path(config.out)
     if out.suffix.lower() != ".png":
         raise ValueError(f"--out {out} must end in .png")
@@ -53,7 +56,7 @@ def main(argv: list[str]) -> int:
     model, source = load_model(config.checkpoint)
     model.to(device)
     with build_loader(
-        config.data,
+        dataclasses.replace(config.data, last_batch="fill"),  # a dataset may be smaller than the grid
         image_size=model.config.image_size,
         patch_size=model.config.patch_size,
         channels=model.config.channels,
