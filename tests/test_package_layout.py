@@ -74,3 +74,12 @@ print(" ".join(sorted(new - {allowed!r})))
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=ROOT)
     assert done.stdout.split() == []
+
+
+def test_the_map_of_the_house_names_every_file():
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    for folder in MAY_IMPORT:
+        rooms = text.split(f"### {folder}/", 1)[1].split("### ", 1)[0]
+        on_disk = {path.name for path in (ROOT / folder).glob("*.py")}
+        on_map = {line.split("`")[1] for line in rooms.splitlines() if line.startswith("| `")}
+        assert on_map == on_disk
