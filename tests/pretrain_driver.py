@@ -9,7 +9,7 @@ import sys
 import time
 
 from patchmill.tools import cli
-from patchmill.trainer import checkpoint, pretrain
+from patchmill.trainer import checkpoint, pretrain, step
 
 
 def slow_update(*args, **kwargs):
@@ -25,8 +25,8 @@ def deadly_sums(folder):
     return sums(folder)
 
 
-update, sums, saves = pretrain.update, checkpoint._sums, iter(range(1000))
-pretrain.update = slow_update
+update, sums, saves = step.update, checkpoint._sums, iter(range(1000))
+pretrain.update = slow_update  # type: ignore[attr-defined]
 if os.environ.get("DIE_IN_SAVE") == os.environ["TORCHELASTIC_RESTART_COUNT"] and os.environ["RANK"] == "0":
     real_write = checkpoint.write
 

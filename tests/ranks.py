@@ -4,7 +4,8 @@ import contextlib
 import os
 import socket
 
-import torch.multiprocessing
+import torch
+from torch.multiprocessing.spawn import start_processes
 
 
 def run_ranks(size, worlds, function, *args):
@@ -18,7 +19,7 @@ def run_ranks(size, worlds, function, *args):
         for free in sockets:
             free.bind(("127.0.0.1", 0))
         ports = [free.getsockname()[1] for free in sockets]
-    torch.multiprocessing.start_processes(_rank, (size, ports, function, args), nprocs=size, start_method="spawn")
+    start_processes(_rank, (size, ports, function, args), nprocs=size, start_method="spawn")
 
 
 def next_world():

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_checkpoint_files import GUARD, save, trained_pair
 
@@ -70,6 +71,7 @@ def test_a_kill_at_any_moment_of_saving_leaves_a_valid_checkpoint(tmp_path):
         died += not written
         path, damaged = checkpoint.newest_valid(tmp_path)
         assert damaged == []
+        assert path is not None
         assert path == first or checkpoint.find_damage(path) is None
         shutil.rmtree(checkpoint.folder(tmp_path, 2), ignore_errors=True)
     assert died >= 10
@@ -91,6 +93,11 @@ def hostile(tmp_path):
         return path
 
     return path, seal
+
+
+def header_of(file):
+    with safe_open(file, framework="pt") as opened:
+        return opened.metadata()
 
 
 def restore(path):
@@ -162,7 +169,7 @@ def test_moments_of_another_shape_or_type_are_refused_by_name(change, hostile):
 def test_weights_of_another_shape_are_refused_by_name(hostile):
     path, seal = hostile
     file = path / "model.safetensors"
-    header = checkpoint.take_snapshot(*trained_pair(), GUARD, {}).header
+    header = header_of(file)
     save_file(load_file(file) | {"mask_token": torch.zeros(1, 1, 9)}, file, metadata=header)
     with pytest.raises(ValueError, match=r"mask_token is \(1, 1, 9\), the model has \(1, 1, 8\)"):
         restore(seal())
@@ -181,7 +188,7 @@ def test_weights_of_another_shape_are_refused_by_name(hostile):
 def test_a_header_that_claims_a_giant_model_takes_no_memory(field, hostile):
     path, seal = hostile
     file = path / "model.safetensors"
-    header = checkpoint.take_snapshot(*trained_pair(), GUARD, {}).header
+    header = header_of(file)
     header["model"] = json.dumps(json.loads(header["model"]) | field)
     save_file(load_file(file), file, metadata=header)
     with pytest.raises(ValueError, match=r"larger model than the file holds|cannot be used"):

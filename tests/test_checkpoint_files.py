@@ -77,7 +77,7 @@ def test_damage_anywhere_is_found_and_the_one_before_is_taken(name, tmp_path):
         assert path == good
         assert [entry.path for entry in passed_over] == [bad]
     (bad / name).unlink()
-    assert name in checkpoint.find_damage(bad)
+    assert name in str(checkpoint.find_damage(bad))
 
 
 def test_a_full_disk_leaves_the_checkpoint_before_and_nothing_half_written(tmp_path, monkeypatch):
@@ -106,7 +106,7 @@ def test_a_checkpoint_of_another_model_is_refused_by_name(tmp_path):
     path = save(tmp_path, 1, model, optimizer)
     other = trained_pair(ModelConfig(**{**TINY.__dict__, "embed_dim": 24}))
     with pytest.raises(ValueError, match="embed_dim 16 there, 24 here"):
-        checkpoint.restore(path, *other, GUARD)
+        checkpoint.restore(path, other[0], other[1], GUARD)
 
 
 def test_load_model_takes_run_folder_checkpoint_or_file(tmp_path):

@@ -146,7 +146,7 @@ def test_accumulated_parts_are_the_whole_batch():
 
 def test_clipping_bounds_the_gradient_but_reports_the_norm_before(monkeypatch):
     model, optimizer = make()
-    seen = []
+    seen: list[torch.Tensor] = []
     monkeypatch.setattr(
         step_module,
         "_apply",

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from typing import Any
 
 import pytest
 import torch
@@ -45,7 +46,7 @@ def config_of(dataset, run, **changes):
 def train_on_two_ranks(rank, dataset, folder):
     """Everything that needs two ranks, in one go: starting processes is what takes the time."""
     resumed = str(checkpoint.folder(folder / "one", STEPS // 2))
-    for name, changes in {
+    worlds: dict[str, dict[str, Any]] = {
         "ddp": {},
         "fsdp": {"train__parallel": "fsdp"},
         "hsdp": {"train__parallel": "hsdp", "train__activation_checkpointing": True},
@@ -53,7 +54,8 @@ def train_on_two_ranks(rank, dataset, folder):
         "fsdp_clipped": {"train__parallel": "fsdp", "optim__clip_grad": 0.5},
         "ddp_clipped": {"optim__clip_grad": 0.5},
         "one_to_fsdp": {"resume": resumed, "train__parallel": "fsdp"},
-    }.items():
+    }
+    for name, changes in worlds.items():
         next_world()
         pretrain(config_of(dataset, folder / name, **changes))
     for name, value in NOT_FINITE.items():
@@ -70,13 +72,13 @@ def _with_a_bad_loss_on_rank_1(rank, config, value):
             return MAEOutput(output.loss * value, output.pred, output.latent)
         return output
 
-    MaskedAutoencoder.forward = bad_forward
+    MaskedAutoencoder.forward = bad_forward  # type: ignore[method-assign]
     try:
         pretrain(
             dataclasses.replace(config, train=dataclasses.replace(config.train, save_every_steps=1, keep_last=STEPS))
         )
     finally:
-        MaskedAutoencoder.forward = forward
+        MaskedAutoencoder.forward = forward  # type: ignore[method-assign]
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from rich.table import Table
 from patchmill.tools import cli
 from patchmill.trainer.checkpoint import all_checkpoints
 from patchmill.trainer.metrics import read_metrics
-from patchmill.trainer.run_folder import Status, read_status
+from patchmill.trainer.run_folder import STATUS, Status, read_status
 
 
 @dataclass(frozen=True)
@@ -35,8 +35,12 @@ def main(argv: list[str]) -> int:
     args = tyro.cli(RunsArgs, prog="patchmill runs", args=argv)
     if not args.folder.is_dir():
         raise ValueError(f"no folder {args.folder}; give the one that holds the runs (what --out was, or above it)")
-    found = [describe(path.parent) for path in sorted(args.folder.rglob("status.json"))]
-    runs = [run for run in found if run is not None]
+    runs = []
+    for path in sorted(args.folder.rglob(STATUS)):
+        try:
+            runs.append(describe(path.parent))
+        except ValueError as error:
+            print(f"left out: {error}", file=sys.stderr)
     if not runs:
         raise ValueError(f"{args.folder} holds no runs; `patchmill pretrain --out {args.folder}/first ...` makes one")
     if args.as_json:
@@ -47,11 +51,9 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def describe(run: Path) -> dict[str, Any] | None:
-    """What a run folder says of itself; None when it is none."""
+def describe(run: Path) -> dict[str, Any]:
+    """What a run folder says of itself. Raises ValueError when it is none."""
     status = read_status(run)
-    if status is None:
-        return None
     lines = read_metrics(run) if (run / "metrics.jsonl").exists() else []
     last = lines[-1] if lines else {}
     saved = all_checkpoints(run)

@@ -29,7 +29,7 @@ from patchmill.trainer.step import Guard, whole
 
 FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
 SUMS = "SHA256SUMS"
-OPTIMIZER_KEYS = {"step", "exp_avg", "exp_avg_sq"}
+OPTIMIZER_KEYS = ("step", "exp_avg", "exp_avg_sq")
 
 
 class Damage(NamedTuple):
@@ -183,8 +183,9 @@ def restore(path: Path, model: MaskedAutoencoder, optimizer: torch.optim.Optimiz
         tensors = load_file(path / FILES[1])
     except SafetensorError as error:
         raise ValueError(f"{path / FILES[1]} is no safetensors file: {error}; take another checkpoint") from error
+    held = {name.partition(".")[0] for name in tensors}
     for name, parameter in _trained(model, optimizer):
-        for key in OPTIMIZER_KEYS & {each.partition(".")[0] for each in tensors}:
+        for key in (key for key in OPTIMIZER_KEYS if key in held):
             value = _fitting(tensors, f"{key}.{name}", () if key == "step" else parameter.shape, path)
             optimizer.state[parameter][key] = value.to(parameter.device) if key == "step" else _like(value, parameter)
     for name, value in guard.state.items():
@@ -228,7 +229,8 @@ def _like(full: Tensor, target: Any) -> Tensor:
         return full.to(target.device)
     from torch.distributed.tensor import distribute_tensor  # takes a second to import
 
-    return distribute_tensor(full.to(target.device), target.device_mesh, target.placements)
+    # every rank has read the file: each takes its own part of it, and nothing is sent
+    return distribute_tensor(full.to(target.device), target.device_mesh, target.placements, src_data_rank=None)
 
 
 def load_model(path: str | Path) -> tuple[MaskedAutoencoder, Path]:

@@ -74,12 +74,12 @@ def write_status(run: Path, state: State, step: int, total_steps: int, why: str 
     _replace(run / STATUS, json.dumps(status._asdict()) + "\n")
 
 
-def read_status(run: Path) -> Status | None:
-    """The status of a run folder; None for a folder that holds none that can be read."""
+def read_status(run: Path) -> Status:
+    """The status of a run folder. Raises ValueError for a folder that holds none that can be read."""
     try:
         return Status(**json.loads((run / STATUS).read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
-        return None
+    except (OSError, ValueError, TypeError) as error:
+        raise ValueError(f"{run} is no run folder: its {STATUS} cannot be read ({error})") from error
 
 
 def _replace(path: Path, text: str) -> None:
