@@ -17,6 +17,7 @@ from patchmill.pipeline.pool import Pool
 from patchmill.pipeline.stream_wds import AnyFeeder
 
 CHUNK = 8  # samples of one task: large enough that handing it out costs nothing, small enough to share evenly
+TORCH_GRAIN = 32768  # elements from which torch splits an operation over threads
 INTERPOLATIONS = {
     "bicubic": torch.ops.aten._upsample_bicubic2d_aa.out,
     "bilinear": torch.ops.aten._upsample_bilinear2d_aa.out,
@@ -50,6 +51,8 @@ class CpuDecoder:
         self.feeder = feeder
         self.shape = (feeder.local_batch, *image_size, channels)
         self.size_hw = list(image_size)
+        # Above this size torch hands part of the work to OpenMP threads, which then spin beside the decoders.
+        self.rows_at_once = max(1, TORCH_GRAIN // (image_size[1] * channels))
         self.resize = INTERPOLATIONS[interpolation]
         self.workers = workers
         self.batches_ahead = batches_ahead
@@ -87,4 +90,5 @@ class CpuDecoder:
         out = out_HWC[None].permute(0, 3, 1, 2)
         self.resize(torch.from_numpy(crop), self.size_hw, False, None, None, out=out)
         if flip:
-            out_HWC.copy_(out_HWC.flip(1))
+            for rows in out_HWC.split(self.rows_at_once):
+                rows.copy_(rows.flip(1))
