@@ -1,5 +1,6 @@
 """One documented result for every kind of image, on every decoder."""
 
+import functools
 import io
 
 import numpy as np
@@ -79,7 +80,7 @@ KINDS = {
     "one pixel": lambda: encoded(photo().resize((1, 1)), "JPEG"),
     "one row": lambda: encoded(photo().resize((90, 1)), "JPEG"),
     "trailing bytes": lambda: encoded(photo(), "JPEG") + b"\0" * 100,
-    **{f"orientation {i}": lambda i=i: with_orientation(i) for i in range(1, 9)},
+    **{f"orientation {i}": functools.partial(with_orientation, i) for i in range(1, 9)},
 }
 
 

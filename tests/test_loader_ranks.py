@@ -37,7 +37,7 @@ def gather_batches(rank, path, steps):
     torch.distributed.init_process_group("gloo")
     with open_loader(path, rank, torch.distributed.get_world_size()) as loader, open_loader(path) as alone:
         for _ in range(steps):
-            parts = [None] * torch.distributed.get_world_size()
+            parts: list = [None] * torch.distributed.get_world_size()
             torch.distributed.all_gather_object(parts, rows(next(loader)))
             assert [row for part in parts for row in part] == rows(next(alone))
     torch.distributed.destroy_process_group()
