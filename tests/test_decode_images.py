@@ -2,6 +2,7 @@
 
 import functools
 import io
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -59,7 +60,7 @@ def as_ycck(data):
     return data[:transform] + b"\x02" + data[transform + 1 :]
 
 
-KINDS = {
+KINDS: dict[str, Callable[[], bytes]] = {
     "baseline": lambda: encoded(photo(), "JPEG", quality=90),
     "progressive": lambda: encoded(photo(), "JPEG", quality=90, progressive=True),
     "grey": lambda: encoded(photo().convert("L"), "JPEG", quality=90),
