@@ -179,12 +179,12 @@ def plan_a_million(folder: Path) -> str:
     return subprocess.run([sys.executable, "-c", PLAN, str(folder)], check=True, capture_output=True, text=True).stdout
 
 
-def report(images: int, megabytes: float, runs: dict[str, list[dict[str, float]]], plan: str) -> str:
+def report(command: str, images: int, megabytes: float, runs: dict[str, list[dict[str, float]]], plan: str) -> str:
     """The Markdown page: medians over the rounds, and ratios within each round."""
     lines = [
         f"# Packing speed, {date.today()}",
         "",
-        f"Command: `{' '.join(['python -m benchmarks.bench_shard', *sys.argv[1:]])}`; commit {commit()}.",
+        f"Command: `{command}`; commit {commit()}.",
         "",
         f"{images:,} JPEGs, {megabytes:,.0f} MB; {os.cpu_count()} processors ({processor()}), Python "
         f"{platform.python_version()}, simplejpeg {version('simplejpeg')}, Pillow {version('pillow')}, webdataset "
@@ -234,6 +234,7 @@ def main() -> None:
     if args.run:
         CONTENDERS[args.run][1](args.images, args.out)
         return
+    command = f"python -m benchmarks.bench_shard {args.images.name} --copies {args.copies} --rounds {args.rounds}"
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         images = prepare(args.images, folder, args.copies)
@@ -242,7 +243,7 @@ def main() -> None:
         for name in [*CONTENDERS] * args.rounds:
             runs[name].append(measure(name, folder, folder / "out"))
             print(name, runs[name][-1], file=sys.stderr)
-        page = report(images, megabytes, runs, plan_a_million(folder / "million"))
+        page = report(command, images, megabytes, runs, plan_a_million(folder / "million"))
     print(page)
     if args.page:
         args.page.write_text(page)
