@@ -35,7 +35,9 @@ def jitter(images_BHWC: Tensor, factors_B3: Tensor) -> Tensor:
         rows = slice(start, start + IMAGES_AT_ONCE)
         brightness, contrast, saturation = factors_B3[rows, :, None, None, None].unbind(1)
         x = (images_BHWC[rows].float() * brightness).clamp(0, 255)
-        mean = _grey(x).mean(dim=(1, 2, 3), keepdim=True)
+        # a sum of whole numbers does not depend on how threads share it out
+        total = _grey(x).round().to(torch.int64).sum(dim=(1, 2, 3), keepdim=True)
+        mean = (total / (x.shape[1] * x.shape[2])).float()
         x = (contrast * x + (1 - contrast) * mean).clamp(0, 255)
         if x.shape[3] == 3:
             x = (saturation * x + (1 - saturation) * _grey(x)).clamp(0, 255)
@@ -47,4 +49,5 @@ def _grey(x_BHWC: Tensor) -> Tensor:
     """Luma of RGB, the mean of other channels; `[B, H, W, 1]`."""
     if x_BHWC.shape[3] != 3:
         return x_BHWC.mean(dim=3, keepdim=True)
-    return (x_BHWC * x_BHWC.new_tensor(GREY_WEIGHTS)).sum(dim=3, keepdim=True)
+    red, green, blue = x_BHWC.split(1, dim=3)
+    return GREY_WEIGHTS[0] * red + GREY_WEIGHTS[1] * green + GREY_WEIGHTS[2] * blue

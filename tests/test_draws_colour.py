@@ -34,6 +34,20 @@ def test_pillows_enhancers_are_the_reference(factors):
     )  # Pillow cuts to whole numbers after each of three steps
 
 
+def test_threads_change_no_bit():
+    images = torch.randint(0, 256, (3, 200, 300, 3), dtype=torch.uint8)
+    factors, threads = torch.tensor([[1.3, 0.6, 1.2], [0.7, 1.4, 0.8], [1.1, 0.9, 1.0]]), torch.get_num_threads()
+    try:
+        results = []
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            results.append(jitter(images, factors))
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+
+
 def test_no_strength_changes_nothing_and_other_channels_work():
     images = torch.randint(0, 256, (40, 8, 8, 1), dtype=torch.uint8)
     assert torch.equal(jitter(images, torch.ones(40, 3)), images)
