@@ -99,7 +99,7 @@ def test_two_ranks_count_what_one_counts(both):
         assert one[part][0]["test_samples"] == two[part][0]["test_samples"] == images
         assert one[part][0]["top1"] == two[part][0]["top1"]
         assert one[part][0]["top5"] == two[part][0]["top5"]
-        assert one[part][0]["loss"] == pytest.approx(two[part][0]["loss"], rel=1e-6)
+        assert one[part][0]["test_loss"] == pytest.approx(two[part][0]["test_loss"], rel=1e-6)
         assert one[part][1] == two[part][1]
         assert len({row.index(max(row)) for row in one[part][1]}) > 1
     for key in ("probe", "knn 3", "knn 7", "online"):

@@ -27,7 +27,7 @@ class Scores(NamedTuple):
 
     def plain(self) -> dict[str, Any]:
         """For JSON, without the confusion matrix."""
-        return {"top1": self.top1, "top5": self.top5, "loss": self.loss, "test_samples": self.samples}
+        return {"top1": self.top1, "top5": self.top5, "test_loss": self.loss, "test_samples": self.samples}
 
 
 class Scorer:
