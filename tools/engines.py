@@ -48,7 +48,8 @@ def pack_in_processes(tasks: Iterable[ShardTask], store: Store, report: Progress
     with ProcessPoolExecutor(workers, context, _start_worker, (counters, stop)) as pool:
         try:
             with interrupts_ignored():
-                pool.submit(os.getpid)  # starts the workers
+                for _ in range(workers):
+                    pool.submit(os.getpid)  # each starts a worker, as none is idle yet
             for done in _at_most(2 * workers, (partial(pool.submit, _pack_in_worker, task, store) for task in tasks)):
                 for future in done:
                     future.result()
