@@ -31,7 +31,7 @@ class DemoConfig:
     """folder for everything; emptied first"""
     crops: int = 1000
     """JPEGs to cut"""
-    steps: int = 1400
+    steps: int = 1200
     """updates of the model"""
     seed: int = 0
 
