@@ -11,12 +11,10 @@ and positions. In "all together", a step's work outside the network, its loss an
 
 import argparse
 import json
-import os
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -24,6 +22,7 @@ from torch import Tensor
 from benchmarks import measure
 from benchmarks import published_operators as published
 from benchmarks.check_kernels import check_all
+from benchmarks.machine import results_folder
 from patchmill.kernels.backend import active_backend
 from patchmill.kernels.gather import gather_patches, gather_tokens
 from patchmill.kernels.masked_loss import masked_mse
@@ -211,7 +210,7 @@ def main(argv: list[str]) -> int:
         "times": f"{'CPU seconds' if options.cpu_time else 'wall clock'}, median of 21 alternated repeats",
     }
     page = as_markdown(rows, facts)
-    folder = Path(os.environ.get("OUT") or Path(__file__).parent / "results")
+    folder = results_folder()
     name = f"kernels_{options.device.split(':')[0]}_{facts['date']}"
     (folder / f"{name}.md").write_text(page)
     (folder / f"{name}.json").write_text(json.dumps({"facts": facts, "rows": rows}, indent=1) + "\n")

@@ -1,4 +1,4 @@
-"""Images per second and per CPU-second of loaders: `python -m benchmarks.bench_loader IMAGES [--out FILE.md]`.
+"""Images per second and per CPU-second of loaders: `python -m benchmarks.bench_loader IMAGES`.
 
 IMAGES is a folder or a .zip of JPEGs. Every loader runs in a process of its own on the same cores, and they take turns
 for several rounds, so that whatever else the machine does falls on all of them. CPU time is that of the process and all
@@ -8,14 +8,12 @@ that it started. Then: index reads with checks, Python work for each sample, and
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 import zipfile
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from unittest import mock
 
@@ -23,6 +21,7 @@ import numpy as np
 import torch
 
 from benchmarks.loaders import BATCH, LOADERS
+from benchmarks.machine import commit, processor, results_folder, today, versions
 from patchmill.pipeline import decode_cpu
 from patchmill.pipeline.feed import Feeder
 from patchmill.pipeline.loader import DataConfig, Loader, build_loader
@@ -189,7 +188,7 @@ def report(arguments: argparse.Namespace, images: int, data: Path) -> str:
         f"`python -m benchmarks.bench_loader {Path(arguments.source).name} --workers {arguments.workers} "
         f"--seconds {arguments.seconds:g} --rounds {arguments.rounds}`",
         "",
-        f"Commit {git_commit()}. {environment()}",
+        f"Commit {commit()}. {processor()}, {len(os.sched_getaffinity(0))} cores; {versions(*PACKAGES)}.",
         f"Data: {images} JPEGs ({images // COPIES} different ones), {size:.0f} KB on average, page cache warm. "
         f"Random-resized crop to 224 (area 0.2 to 1), flip, uint8, batches of {BATCH}, {arguments.workers} workers.",
         "Medians, and ratios against Pillow + DataLoader; the last column: each round's images per CPU-second.",
@@ -208,36 +207,10 @@ def report(arguments: argparse.Namespace, images: int, data: Path) -> str:
     return "\n".join(lines)
 
 
-def environment() -> str:
-    """Processor, cores, Python and packages."""
-    model = next(
-        (
-            line.partition(":")[2].strip()
-            for line in Path("/proc/cpuinfo").read_text().splitlines()
-            if "model name" in line
-        ),
-        platform.machine(),
-    )
-    found = []
-    for package in PACKAGES:
-        try:
-            found.append(f"{package} {version(package)}")
-        except PackageNotFoundError:
-            continue
-    return f"{model}, {len(os.sched_getaffinity(0))} cores; Python {platform.python_version()}; {', '.join(found)}."
-
-
-def git_commit() -> str:
-    """The checked-out commit."""
-    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
-    return done.stdout.strip() or "unknown"
-
-
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", help="folder or .zip of JPEGs")
-    parser.add_argument("--out", type=Path, help="Markdown file to write")
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--seconds", type=float, default=6.0, help="of each measurement")
     parser.add_argument("--rounds", type=int, default=3)
@@ -253,8 +226,7 @@ def main() -> None:
         images = prepare(Path(arguments.source), Path(folder))
         text = report(arguments, images, Path(folder))
     print(text)
-    if arguments.out:
-        arguments.out.write_text(text)
+    (results_folder() / f"loader_cpu_{today()}.md").write_text(text)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Images per second and per CPU-second of packing: `python -m benchmarks.bench_shard IMAGES [--page FILE.md]`.
+"""Images per second and per CPU-second of packing: `python -m benchmarks.bench_shard IMAGES`.
 
 IMAGES is a folder or a .zip of JPEGs; it is listed many times over, so that a run lasts some seconds. Every contender
 is a process of its own on the same cores, started anew each time (imports and worker start count). They take turns for
@@ -9,7 +9,6 @@ that it started. Last: planning of a list of a million files.
 import argparse
 import io
 import os
-import platform
 import resource
 import shutil
 import statistics
@@ -20,13 +19,12 @@ import time
 import zipfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from datetime import date
-from importlib.metadata import version
 from pathlib import Path
 
 import simplejpeg
 from PIL import Image
 
+from benchmarks.machine import commit, processor, results_folder, today, versions
 from patchmill.tools.normalise import Policy
 from patchmill.tools.pack_dataset import pack_dataset
 from patchmill.tools.plan import PackOptions
@@ -182,13 +180,13 @@ def plan_a_million(folder: Path) -> str:
 def report(command: str, images: int, megabytes: float, runs: dict[str, list[dict[str, float]]], plan: str) -> str:
     """The Markdown page: medians over the rounds, and ratios within each round."""
     lines = [
-        f"# Packing speed, {date.today()}",
+        f"# Packing speed, {today()}",
         "",
         f"Command: `{command}`; commit {commit()}.",
         "",
-        f"{images:,} JPEGs, {megabytes:,.0f} MB; {os.cpu_count()} processors ({processor()}), Python "
-        f"{platform.python_version()}, simplejpeg {version('simplejpeg')}, Pillow {version('pillow')}, webdataset "
-        f"{version('webdataset')}. {len(next(iter(runs.values())))} rounds, the contenders taking turns; medians.",
+        f"{images:,} JPEGs, {megabytes:,.0f} MB; {os.cpu_count()} processors ({processor()}), "
+        f"{versions('simplejpeg', 'pillow', 'webdataset')}. {len(next(iter(runs.values())))} rounds, the contenders "
+        "taking turns; medians.",
         "",
         "| contender | images/s | images/CPU-s | largest process, MB |",
         "|---|---|---|---|",
@@ -210,24 +208,12 @@ def ratios(theirs: list[dict[str, float]], ours: list[dict[str, float]], key: st
     return f"{statistics.median(values):.2f} ({min(values):.2f} to {max(values):.2f})"
 
 
-def commit() -> str:
-    """The short hash of the checkout."""
-    return subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-
-
-def processor() -> str:
-    """The model name of the processor."""
-    with open("/proc/cpuinfo") as file:
-        return next((line.split(":")[1].strip() for line in file if line.startswith("model name")), platform.machine())
-
-
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else None)
     parser.add_argument("images", type=Path, help="folder or .zip of JPEGs")
     parser.add_argument("out", nargs="?", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--run", help=argparse.SUPPRESS)
-    parser.add_argument("--page", type=Path, help="write the result to this Markdown file")
     parser.add_argument("--copies", type=int, default=100)
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
@@ -245,8 +231,7 @@ def main() -> None:
             print(name, runs[name][-1], file=sys.stderr)
         page = report(command, images, megabytes, runs, plan_a_million(folder / "million"))
     print(page)
-    if args.page:
-        args.page.write_text(page)
+    (results_folder() / f"shard_cpu_{today()}.md").write_text(page)
 
 
 if __name__ == "__main__":

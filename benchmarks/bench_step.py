@@ -8,19 +8,18 @@ Peak memory is of a process (CPU) that runs one variant alone, or of the allocat
 
 import argparse
 import json
-import os
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import cast
 
 import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
+from benchmarks.machine import results_folder, today
 from benchmarks.measure import environment
 from benchmarks.published_mae import PublishedMAE
 from patchmill.pipeline.batch import Batch
@@ -149,13 +148,6 @@ def peak_memory(name: str, line: list[str]) -> float:
     return float(done.stdout.split()[-1])
 
 
-def result_folder() -> Path:
-    """$OUT, or benchmarks/results/."""
-    folder = Path(os.environ.get("OUT") or Path(__file__).parent / "results")
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
-
-
 def _wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -257,8 +249,8 @@ def _report(
         ]
     )
     print(text)
-    name = f"step_{options.model}_{device.type}"
-    folder = result_folder()
+    name = f"step_{options.model}_{device.type}_{today()}"
+    folder = results_folder()
     (folder / f"{name}.md").write_text(text)
     data = {"options": vars(options), "seconds": seconds, "memory_gib": memory, "parts_ms": part_ms}
     (folder / f"{name}.json").write_text(json.dumps(data, indent=1) + "\n")

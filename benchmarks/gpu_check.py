@@ -16,6 +16,8 @@ from typing import NamedTuple
 
 import torch
 
+from benchmarks.machine import results_folder
+
 ROOT = Path(__file__).parent.parent
 TOTAL_SECONDS = 530.0
 
@@ -59,8 +61,7 @@ def main() -> int:
     if not torch.cuda.is_available():
         print("gpu-check: torch sees no CUDA device here, nothing was run")
         return 0
-    folder = Path(os.environ.get("OUT") or ROOT / "benchmarks" / "results")
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = results_folder()
     print(f"gpu-check on {torch.cuda.get_device_name()}, torch {torch.__version__}; results in {folder}", flush=True)
     end = time.perf_counter() + TOTAL_SECONDS
     lines = []

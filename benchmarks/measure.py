@@ -7,15 +7,13 @@ CPU time of this process: with one thread that is what the wall clock would show
 """
 
 import os
-import platform
 import statistics
-import subprocess
 import time
 from collections.abc import Callable
-from pathlib import Path
 
-import numpy
 import torch
+
+from benchmarks import machine
 
 Candidate = Callable[[], object]
 Clock = Callable[[], float]
@@ -84,30 +82,10 @@ def copy_bytes_per_second(device: str, clock: Clock = time.perf_counter) -> floa
 
 def environment(device: str) -> dict[str, str]:
     """Say where numbers were taken: hardware, versions, commit and date (UTC)."""
-    try:
-        from triton import __version__ as triton_version
-    except ImportError:
-        triton_version = "not installed"
-    versions = {"torch": torch.__version__, "triton": triton_version, "numpy": numpy.__version__}
+    cores = f"{torch.get_num_threads()} of {os.cpu_count()} cores of {machine.processor()}"
     return {
-        "hardware": torch.cuda.get_device_name(device) if device.startswith("cuda") else _cpu_name(),
-        "versions": ", ".join([f"Python {platform.python_version()}", *(f"{k} {v}" for k, v in versions.items())]),
-        "commit": _commit(),
-        "date": time.strftime("%Y-%m-%d", time.gmtime()),
+        "hardware": torch.cuda.get_device_name(device) if device.startswith("cuda") else cores,
+        "versions": machine.versions("torch", "triton", "numpy"),
+        "commit": machine.commit(),
+        "date": machine.today(),
     }
-
-
-def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    text = info.read_text() if info.exists() else ""
-    model = next((line.split(":")[1].strip() for line in text.splitlines() if line.startswith("model name")), "CPU")
-    extras = [name for flag, name in (("avx512f", "AVX-512"), ("amx_tile", "AMX")) if flag in text]
-    return ", ".join([f"{torch.get_num_threads()} of {os.cpu_count()} cores of {model}", *extras])
-
-
-def _commit() -> str:
-    """The commit of the checkout, with `+` if files differ from it; `unknown` outside a repository."""
-    here = Path(__file__).parent
-    command = ["git", "-C", str(here), "describe", "--always", "--dirty=+"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    return done.stdout.strip() or "unknown"
