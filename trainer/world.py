@@ -172,7 +172,7 @@ def join_world(device: Literal["auto", "cpu", "cuda"], timeout_seconds: float = 
 def hold_memory() -> None:
     """Lets glibc keep freed memory instead of giving it back and faulting it in again at every step (CPU training).
 
-    Measured on ViT-B/16, batch 16: 131,000 page faults a step become 1,500 and their 8 % of its time goes; the peak of
+    Measured on ViT-B/16, batch 16: 131,000 page faults a step become 1,500 and a tenth of its time goes; the peak of
     memory stays.
     """
     libc = ctypes.CDLL(None)
