@@ -19,6 +19,17 @@ def _poison_empty_tensors() -> Iterator[None]:
         yield
 
 
+@pytest.fixture
+def ffcv() -> None:
+    """Skips the test where the extra `ffcv` is not installed; imports it without its effect on torch's threads."""
+    from patchmill.tools.beton import import_ffcv
+
+    try:
+        import_ffcv()
+    except ValueError as error:
+        pytest.skip(str(error))
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Deselect interpreter tests outside the interpreter, all others inside it, and GPU tests without a GPU."""
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"

@@ -1,6 +1,8 @@
 """FFCV's .beton files through the same loader; the stored fixture was written by FFCV 1.0.2 itself."""
 
 import gzip
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -115,9 +117,8 @@ def test_a_missing_file_names_the_remedy(tmp_path):
         open_loader(tmp_path / "none.beton")
 
 
-def test_a_converted_dataset_gives_the_same_batches(tmp_path):
+def test_a_converted_dataset_gives_the_same_batches(ffcv, tmp_path):
     """What `patchmill convert` writes keeps the JPEGs' bytes, so that even the pixels agree."""
-    pytest.importorskip("ffcv", reason="writing .beton files needs the extra ffcv and its system libraries")
     from patchmill.pipeline.manifest import open_dataset
     from patchmill.tools.beton import write_beton
 
@@ -125,3 +126,11 @@ def test_a_converted_dataset_gives_the_same_batches(tmp_path):
     write_beton(open_dataset(dataset), tmp_path / "photos.beton")
     with open_loader(dataset) as shards, open_loader(tmp_path / "photos.beton") as beton:
         assert [content(next(shards)) for _ in range(4)] == [content(next(beton)) for _ in range(4)]
+
+
+def test_importing_ffcv_leaves_torch_its_threads(ffcv):
+    """Checked in a process that has not imported it yet: FFCV alone sets them to one."""
+    script = "import torch; torch.set_num_threads(2); from patchmill.tools.beton import import_ffcv; import_ffcv()"
+    check = "; assert torch.get_num_threads() == 2, torch.get_num_threads()"
+    root = Path(__file__).parent.parent
+    subprocess.run([sys.executable, "-c", script + check], check=True, cwd=root)

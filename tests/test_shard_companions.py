@@ -123,9 +123,9 @@ def test_merge_refuses_other_classes(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["folder", "beton"])
-def test_convert_and_back(tmp_path, kind):
+def test_convert_and_back(request, tmp_path, kind):
     if kind == "beton":
-        pytest.importorskip("ffcv", reason="the extra `ffcv` is not installed", exc_type=ImportError)
+        request.getfixturevalue("ffcv")
     folder = make_image_folder(tmp_path / "in", count=12, sides=(40, 80))
     (folder / "rocket" / "lossless.png").write_bytes(save(photograph("coffee.png")[:50, :70], "PNG"))
     pack_dataset(list_folder(folder), tmp_path / "dataset")
@@ -144,8 +144,7 @@ def test_convert_and_back(tmp_path, kind):
         convert.main([str(tmp_path / "dataset"), str(there)])
 
 
-def test_beton_is_read_by_ffcv(tmp_path):
-    pytest.importorskip("ffcv", reason="the extra `ffcv` is not installed", exc_type=ImportError)
+def test_beton_is_read_by_ffcv(ffcv, tmp_path):
     from ffcv.reader import Reader
 
     folder = make_image_folder(tmp_path / "in", count=8, sides=(40, 80))

@@ -28,7 +28,7 @@ def write_beton(dataset: Dataset, path: Path) -> None:
 
     ValueError for images that FFCV cannot hold: TIFFs, and sides above 65,535 pixels.
     """
-    writer_module, fields = _ffcv()
+    writer_module, fields = import_ffcv()
     samples = dataset.samples
     if (samples["format"] == ImageFormat.TIFF).any():
         raise ValueError(f"{dataset.root} holds images of more than 3 channels, which FFCV's RGB field cannot take")
@@ -51,7 +51,7 @@ def write_beton(dataset: Dataset, path: Path) -> None:
 
 def list_beton(path: Path, staging: Path) -> Listing:
     """Lists a .beton that has an RGB image field; raw pixels are copied into `staging` as PPM files, end to end."""
-    _ffcv()
+    import_ffcv()
     from ffcv.reader import Reader
 
     try:
@@ -123,8 +123,15 @@ def _spool_pixels(path: Path, image: np.ndarray, entries: np.ndarray, raw: np.nd
     return spool
 
 
-def _ffcv() -> tuple[Any, Any]:
-    """(ffcv.writer, ffcv.fields); ValueError when FFCV is not installed."""
+def import_ffcv() -> tuple[Any, Any]:
+    """(ffcv.writer, ffcv.fields); ValueError when FFCV is not installed.
+
+    Importing FFCV leaves torch with one thread, which would slow, and change in the last digits, whatever this process
+    does with torch afterwards: the number is put back.
+    """
+    import torch
+
+    threads = torch.get_num_threads()
     try:
         import ffcv.fields
         import ffcv.writer
@@ -133,4 +140,6 @@ def _ffcv() -> tuple[Any, Any]:
             f".beton files need FFCV ({error}): pip install 'patchmill[ffcv]' after the system's libopencv-dev and "
             "libturbojpeg0-dev"
         ) from None
+    finally:
+        torch.set_num_threads(threads)
     return ffcv.writer, ffcv.fields
