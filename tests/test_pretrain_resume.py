@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from patchmill.trainer import checkpoint
-from patchmill.trainer.metrics import read_lines, read_metrics
+from patchmill.trainer.metrics import EVALUATIONS, read_lines, read_metrics
 from patchmill.trainer.pretrain import pretrain
 from patchmill.trainer.recipes import get_recipe, with_options
 from patchmill.trainer.run_folder import read_status
@@ -179,3 +179,27 @@ def test_logging_and_pictures_leave_the_trajectory_alone(dataset, whole, tmp_pat
     )
     assert_same(run, whole)
     assert sorted(path.name for path in (run / "pictures").iterdir()) == ["step-00000010.png", "step-00000020.png"]
+
+
+def test_evaluations_on_the_way_leave_the_trajectory_alone(dataset, whole, tmp_path):
+    """Stopped once and resumed, killed once behind its last checkpoint: each evaluation stands there once."""
+    run, chosen = tmp_path / "run", {"eval__every_epochs": 1.0, "eval__test_path": str(dataset)}
+
+    def on_progress(progress):
+        if progress.step == 10:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    assert pretrain(config_of(dataset, run, **chosen), on_progress).step == 11
+    lost = {"step": 99, "epoch": 20.0, "knn_top1": 0.0, "probe_top1": 0.0}
+    with open(run / EVALUATIONS, "a") as file:
+        file.write(json.dumps(lost) + "\n")
+    summary = pretrain(config_of(dataset, run, **chosen))
+    assert_same(run, whole)
+    lines = read_lines(run / EVALUATIONS)
+    assert [line["step"] for line in lines] == [5, 10, 15, 20]
+    assert lines[-1] == summary.evaluation
+    assert all(0 < line["knn_top1"] <= 1 and 0 < line["probe_top1"] <= 1 for line in lines)
+    with pytest.raises(ValueError, match="patchmill knn"):
+        config_of(dataset, run, **chosen, train__parallel="fsdp")
+    with pytest.raises(ValueError, match="no manifest"):
+        pretrain(config_of(dataset, tmp_path / "wrong", **chosen | {"eval__test_path": str(tmp_path)}))

@@ -16,7 +16,7 @@ from rich.table import Table
 from patchmill.tools import cli
 from patchmill.trainer.config import PretrainConfig
 from patchmill.trainer.config_file import from_toml
-from patchmill.trainer.metrics import read_metrics
+from patchmill.trainer.metrics import EVALUATIONS, read_lines, read_metrics
 from patchmill.trainer.pictures import write_loss_curve
 from patchmill.trainer.pretrain import Progress, Summary, pretrain
 from patchmill.trainer.recipes import RECIPES, get_recipe
@@ -86,7 +86,7 @@ def run(config: PretrainConfig) -> Summary | None:
         task = bar.add_task("pretrain", total=None, line="starting")
 
         def draw(progress: Progress) -> None:
-            line = _line(progress.latest) if progress.latest else "starting"
+            line = _line(progress.latest, progress.evaluation) if progress.latest else "starting"
             bar.update(task, completed=progress.step, total=progress.total_steps, line=line)
 
         summary = pretrain(config, draw)
@@ -94,7 +94,9 @@ def run(config: PretrainConfig) -> Summary | None:
         return None
     lines = read_metrics(summary.run)
     if lines:
-        write_loss_curve(lines, summary.run / "loss.png")
+        evaluations = summary.run / EVALUATIONS
+        found = read_lines(evaluations) if evaluations.exists() else []
+        write_loss_curve(lines, summary.run / "loss.png", found)
     return summary
 
 
@@ -115,6 +117,10 @@ def report(summary: Summary) -> None:
         table.add_row("speed", f"{last['images_per_s']:.1f} images/s, data wait {last['data_wait']:.1%}")
     if "mfu" in last:
         table.add_row("MFU", f"{last['mfu']:.1%}")
+    if summary.evaluation:
+        values = summary.evaluation
+        top1 = f"kNN {values['knn_top1']:.1%}, linear probe {values['probe_top1']:.1%} top-1"
+        table.add_row("features", f"{top1} at step {values['step']:,}, see {summary.run / EVALUATIONS}")
     if summary.skipped_updates:
         table.add_row("left out", f"{summary.skipped_updates} updates, listed in {summary.run / 'skipped.jsonl'}")
     if summary.bad_samples:
@@ -127,10 +133,11 @@ def report(summary: Summary) -> None:
         print("the same command continues this run")
 
 
-def _line(latest: dict[str, float]) -> str:
+def _line(latest: dict[str, float], evaluation: dict[str, float]) -> str:
     text = f"loss {latest['loss']:.4f}  lr {latest['lr']:.2e}  {latest['images_per_s']:,.0f} images/s"
     text += f"  data wait {latest['data_wait']:.1%}"
-    return text + (f"  MFU {latest['mfu']:.1%}" if "mfu" in latest else "")
+    text += f"  MFU {latest['mfu']:.1%}" if "mfu" in latest else ""
+    return text + (f"  kNN {evaluation['knn_top1']:.1%}" if evaluation else "")
 
 
 def _is_first() -> bool:

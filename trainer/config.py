@@ -9,6 +9,7 @@ from typing import Literal
 
 from patchmill.pipeline.data_config import DataConfig
 from patchmill.pipeline.masks import MaskConfig
+from patchmill.trainer.online_config import OnlineEvalConfig
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -208,6 +209,7 @@ class PretrainConfig:
     mask: MaskConfig = field(default_factory=MaskConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    eval: OnlineEvalConfig = field(default_factory=OnlineEvalConfig)
     seed: int = 0
     """of weights, order, crops, flips and masks"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -218,6 +220,11 @@ class PretrainConfig:
     def __post_init__(self) -> None:
         if not 0 <= self.seed < 2**64:
             raise ValueError(f"seed is {self.seed}; it must fit 64 bits without a sign")
+        if self.eval.every_epochs is not None and self.train.parallel != "ddp":
+            raise ValueError(
+                f"eval.every_epochs needs whole weights on every rank, not train.parallel {self.train.parallel}; "
+                "leave it out and evaluate the checkpoints (patchmill knn)"
+            )
 
 
 def _at_least_one(name: str, value: int | None) -> None:

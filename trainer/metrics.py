@@ -22,6 +22,10 @@ PEAK_BF16_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "B200": 2250e
 """dense bf16 peak per second by a part of the device's name (data sheets)"""
 
 
+EVALUATIONS = "evaluations.jsonl"
+"""of a run folder: one object an evaluation on the way"""
+
+
 class _Pending(NamedTuple):
     """An update whose values still lie on the device."""
 
@@ -74,6 +78,7 @@ class Metrics:
         self.global_batch = global_batch
         self.flops_per_image = flops_per_image
         self.latest: dict[str, float] = {}
+        self.latest_evaluation: dict[str, float] = {}
         self.skipped_in_a_row = 0
         self.skipped = 0
         self._pending: list[_Pending] = []
@@ -138,6 +143,14 @@ class Metrics:
         self._pending.clear()
         self._clock, self._waited = now, wait_seconds
 
+    def add_evaluation(self, step: int, epoch: float, found: dict[str, float]) -> None:
+        """Writes a line of evaluations.jsonl, and the values to the other sinks."""
+        self.latest_evaluation = {"step": step, "epoch": round(epoch, 6)} | found
+        if self.world.is_first:
+            with open(self.run / EVALUATIONS, "a", encoding="utf-8") as file:
+                file.write(json.dumps(_finite(self.latest_evaluation)) + "\n")
+        self._show(step, found)
+
     def close(self) -> None:
         """Closes the files."""
         for sink in (self._file, self._tensorboard):
@@ -150,12 +163,14 @@ class Metrics:
         self.latest = line
         if self._file is not None:
             self._file.write(json.dumps(_finite(line)) + "\n")
-        values = {name: value for name, value in line.items() if name != "step"}
+        self._show(int(line["step"]), {name: value for name, value in line.items() if name != "step"})
+
+    def _show(self, step: int, values: dict[str, float]) -> None:
         if self._tensorboard is not None:
             for name, value in values.items():
-                self._tensorboard.add_scalar(name, value, line["step"])
+                self._tensorboard.add_scalar(name, value, step)
         if self._wandb is not None:
-            self._wandb.log(values, step=line["step"])
+            self._wandb.log(values, step=step)
 
     def _name_samples(self, line: dict[str, float], own_loss: float, sample_ids_B: Tensor) -> None:
         """Notes an update that was left out in skipped.jsonl: the samples of the ranks whose own loss is not finite, or

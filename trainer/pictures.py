@@ -3,7 +3,9 @@
 Figure 2 of He et al. 2021 for reconstructions (masked | reconstruction | original) and the loss curve of a run.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -73,8 +75,9 @@ def write_grid(columns: list[Tensor], path: Path, *, across: int = 2, scale: int
     picture.resize((canvas.shape[1] * scale, canvas.shape[0] * scale), Image.Resampling.NEAREST).save(path)
 
 
-def write_loss_curve(lines: list[dict], path: Path) -> None:
-    """Writes a PNG of the loss over the steps of a run, raw and smoothed, with the learning rate beside it."""
+def write_loss_curve(lines: list[dict], path: Path, evaluations: Sequence[dict] = ()) -> None:
+    """Writes a PNG of the loss over the steps of a run, raw and smoothed, with the learning rate beside it; below it
+    the accuracies of `evaluations` (lines of evaluations.jsonl), where there are any."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -86,10 +89,15 @@ def write_loss_curve(lines: list[dict], path: Path) -> None:
     smooth = np.convolve(
         np.pad(losses, (window // 2, window - 1 - window // 2), "edge"), np.ones(window) / window, "valid"
     )
-    figure, axes = pyplot.subplots(figsize=(8, 4.5), dpi=120, layout="constrained")
+    panels = 2 if evaluations else 1
+    figure, column = pyplot.subplots(
+        panels, 1, figsize=(8, 1.5 + 3 * panels), dpi=120, layout="constrained", sharex=True, squeeze=False
+    )
+    axes = column[0, 0]
     axes.plot(steps, losses, color="#b9c7d9", linewidth=1, label="each step")
     axes.plot(steps, smooth, color="#1f4e8c", linewidth=2, label=f"mean of {window} steps")
-    axes.set(xlabel="step", ylabel="loss (masked patches)", title="Pretraining loss")
+    axes.set(ylabel="loss (masked patches)", title="Pretraining loss")
+    column[-1, 0].set_xlabel("step")
     axes.grid(alpha=0.25)
     rate = axes.twinx()
     rate.plot(
@@ -97,8 +105,19 @@ def write_loss_curve(lines: list[dict], path: Path) -> None:
     )
     rate.set_ylabel("learning rate")
     axes.legend(handles=[*axes.get_lines(), *rate.get_lines()], loc="upper right")
+    if evaluations:
+        _draw_accuracies(column[1, 0], evaluations)
     figure.savefig(path)
     pyplot.close(figure)
+
+
+def _draw_accuracies(axes: Any, evaluations: Sequence[dict]) -> None:
+    steps = [line["step"] for line in evaluations]
+    for key, name, color in (("knn_top1", "kNN", "#1f4e8c"), ("probe_top1", "linear probe", "#2f7d4f")):
+        axes.plot(steps, [100 * line[key] for line in evaluations], color=color, marker="o", markersize=3, label=name)
+    axes.set(ylabel="top-1 accuracy (%)", title="What the features are worth so far")
+    axes.grid(alpha=0.25)
+    axes.legend(loc="lower right")
 
 
 def _unpatchify(patches_BLP: Tensor, plan: MaskPlan, grid_hw: tuple[int, int], patch_size: int) -> Tensor:

@@ -18,6 +18,7 @@ from patchmill.pipeline.loader import Loader, build_loader
 from patchmill.trainer import checkpoint
 from patchmill.trainer.config import PretrainConfig
 from patchmill.trainer.cuda_graph import GraphedUpdate
+from patchmill.trainer.evaluate import OnlineEvaluation
 from patchmill.trainer.mae import MaskedAutoencoder
 from patchmill.trainer.metrics import Metrics, mask_token_norm, train_flops_per_image
 from patchmill.trainer.optim import build_optimizer, learning_rate
@@ -39,6 +40,8 @@ class Progress(NamedTuple):
     total_steps: int
     latest: dict[str, float]
     """the newest line of metrics.jsonl; empty until the first log step"""
+    evaluation: dict[str, float]
+    """the newest line of evaluations.jsonl; empty until there is one"""
 
 
 class Summary(NamedTuple):
@@ -54,6 +57,7 @@ class Summary(NamedTuple):
     bad_samples: int
     skipped_updates: int
     latest: dict[str, float]
+    evaluation: dict[str, float]
 
 
 class Trainee(NamedTuple):
@@ -80,6 +84,7 @@ def pretrain(config: PretrainConfig, on_progress: Callable[[Progress], None] = l
         joined_world(config.device, config.train.rank_timeout_seconds) as world,
         _open_loader(config, world) as loader,
     ):
+        online = OnlineEvaluation(config.eval, config.data, world) if config.eval.every_epochs else None
         trainee = _build(config, world)
         start, resumed_from, damaged = _resume(config, world, trainee, loader)
         total_steps, run = config.train.steps(loader.steps_per_epoch), Path(config.out)
@@ -91,7 +96,7 @@ def pretrain(config: PretrainConfig, on_progress: Callable[[Progress], None] = l
         world.barrier()
         metrics = _metrics(config, world)
         try:
-            step = _train(config, world, trainee, loader, metrics, start, total_steps, stop, on_progress)
+            step = _train(config, world, trainee, loader, metrics, online, start, total_steps, stop, on_progress)
         except (OSError, ValueError, ArithmeticError, RuntimeError) as error:
             if world.is_first:
                 write_status(run, "failed", int(metrics.latest.get("step", start)), total_steps, str(error))
@@ -111,6 +116,7 @@ def pretrain(config: PretrainConfig, on_progress: Callable[[Progress], None] = l
             loader.bad_samples,
             metrics.skipped,
             metrics.latest,
+            metrics.latest_evaluation,
         )
 
 
@@ -120,6 +126,7 @@ def _train(
     trainee: Trainee,
     loader: Loader,
     metrics: Metrics,
+    online: OnlineEvaluation | None,
     start: int,
     total_steps: int,
     stop: list[str],
@@ -144,15 +151,21 @@ def _train(
         values = trainee.update(batch)
         metrics.add(step + 1, (step + 1) / per_epoch, rate(step), values, batch.sample_ids)
         step += 1
-        ending = step == total_steps or vote.cast(bool(stop))
-        if ending or step % train.log_every_steps == 0:
+        stopped = step < total_steps and vote.cast(bool(stop))
+        ending = step == total_steps or stopped
+        due = online is not None and online.is_due(step, per_epoch) and not stopped
+        if ending or due or step % train.log_every_steps == 0:
             metrics.flush(loader.wait_seconds, **mask_token_norm(model))
             _check_skipped(metrics, train.max_skipped_steps)
+        if online is not None and due:  # before the checkpoint, which then stands for it too
+            found = online(model, autocast_dtype(train.precision, world.device))
+            metrics.add_evaluation(step, step / per_epoch, found)
+            metrics.start(loader.wait_seconds)
         if ending or step % train.save_every_steps == 0:
             saver.save(step, model, trainee.optimizer, trainee.guard, {"loader": loader.state_dict()})
         if train.picture_every_epochs and _crosses(step, train.picture_every_epochs * per_epoch):
             _draw(Path(config.out) / "pictures" / f"step-{step:08d}.png", model, batch, world)
-        on_progress(Progress(step, total_steps, metrics.latest))
+        on_progress(Progress(step, total_steps, metrics.latest, metrics.latest_evaluation))
     vote.close()
     saver.finish()
     return step

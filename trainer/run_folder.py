@@ -4,6 +4,7 @@ runs/first/
   config.toml      the resolved config, fit for --config
   status.json      running, finished, stopped or failed; at which step; why; which process
   metrics.jsonl    one object a step
+  evaluations.jsonl  kNN and linear probe on the way (eval.every_epochs)
   skipped.jsonl    updates that were left out, with their samples
   quarantine.jsonl bad images
   tensorboard/  pictures/  loss.png  checkpoints/step-XXXXXXXX/
@@ -17,7 +18,7 @@ from typing import Literal, NamedTuple
 
 from patchmill.trainer.config import PretrainConfig
 from patchmill.trainer.config_file import to_toml
-from patchmill.trainer.metrics import read_lines
+from patchmill.trainer.metrics import EVALUATIONS, read_lines
 
 STATUS = "status.json"
 
@@ -60,7 +61,7 @@ def open_run(run: Path, config: PretrainConfig, start: int) -> None:
     try:
         run.mkdir(parents=True, exist_ok=True)
         _replace(run / "config.toml", to_toml(config))
-        for name in ("metrics.jsonl", "skipped.jsonl"):
+        for name in ("metrics.jsonl", EVALUATIONS, "skipped.jsonl"):
             if (run / name).exists():
                 kept = [line for line in read_lines(run / name) if line["step"] <= start]
                 _replace(run / name, "".join(json.dumps(line) + "\n" for line in kept))
