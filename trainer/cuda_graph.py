@@ -1,7 +1,8 @@
 """update -> [CUDA graph] -> the same update, launched at once: for steps so short that launching them takes the time.
 
 A graph replays fixed kernels on fixed memory. Inputs are copied into place, the learning rate lies on the device, and
-what an update leaves is copied out before the next one overwrites it. Not yet run on a GPU.
+what an update leaves is copied out before the next one overwrites it. The loader's threads go on during the capture:
+they allocate and pin memory, which CUDA would refuse to them in its strictest mode. Not yet run on a GPU.
 """
 
 from collections.abc import Callable
@@ -50,7 +51,7 @@ class GraphedUpdate:
         ids = MaskPlan(plan.ids_keep.clone(), plan.ids_mask.clone(), plan.ids_restore.clone())
         self.inputs = Batch(batch.images.clone(), ids, batch.labels, batch.sample_ids, batch.epoch, batch.step)
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, stream=self.stream):
+        with torch.cuda.graph(self.graph, stream=self.stream, capture_error_mode="thread_local"):
             self.values = self.update(self.inputs)
 
 
