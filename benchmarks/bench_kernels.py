@@ -19,15 +19,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from benchmarks import measure
 from benchmarks import published_operators as published
 from benchmarks.check_kernels import check_all
-from benchmarks.machine import results_folder
+from benchmarks.pages import results_folder
 from patchmill.kernels.backend import active_backend
 from patchmill.kernels.gather import gather_patches, gather_tokens
 from patchmill.kernels.masked_loss import masked_mse
 from patchmill.kernels.permute import mask_indices
 from patchmill.kernels.unshuffle import unshuffle
+from patchmill.tools import timing
 
 # Patch and image size; the encoder's width does not enter.
 MODELS = {"b16": (16, 224), "h14": (14, 224), "b16-448": (16, 448)}
@@ -141,16 +141,16 @@ class Workload:
 
 
 def time_operators(
-    workload: Workload, device: str, with_compile: bool, clock: measure.Clock
+    workload: Workload, device: str, with_compile: bool, clock: timing.Clock
 ) -> list[dict[str, float | str]]:
     """Time every operator and its published form; seconds, bytes and ratios."""
-    copy = measure.copy_bytes_per_second(device, clock)
+    copy = timing.copy_bytes_per_second(device, clock)
     rows: list[dict[str, float | str]] = [{"operator": "device copy", "bytes_per_second": copy}]
     for operator in workload.operators():
         candidates = {"ours": operator.ours, "eager": operator.published}
         if with_compile:
             candidates["compiled"] = torch.compile(operator.published, dynamic=False)
-        seconds = measure.median_seconds(candidates, device, clock=clock)
+        seconds = timing.median_seconds(candidates, device, clock=clock)
         row: dict[str, float | str] = {"operator": operator.name, "bytes": operator.bytes_moved}
         row |= {f"{name}_seconds": value for name, value in seconds.items()}
         row["fraction_of_copy"] = operator.bytes_moved / seconds["ours"] / copy
@@ -203,7 +203,7 @@ def main(argv: list[str]) -> int:
     rows = time_operators(workload, options.device, not options.no_compile, clock)
     facts = {
         "command": " ".join(["python -m benchmarks.bench_kernels", *argv]),
-        **measure.environment(options.device),
+        **timing.environment(options.device),
         "sizes": f"{options.model}, batch {options.batch}, {workload.L} patches, {workload.K} kept, {dtype}",
         "backend": active_backend(workload.x),
         "checks passed before timing": str(checks),

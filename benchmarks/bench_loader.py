@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from benchmarks.loaders import BATCH, LOADERS
-from benchmarks.machine import commit, processor, results_folder, today, versions
+from benchmarks.pages import results_folder
 from patchmill.pipeline import decode_cpu
 from patchmill.pipeline.feed import Feeder
 from patchmill.pipeline.loader import DataConfig, Loader, build_loader
@@ -29,6 +29,7 @@ from patchmill.pipeline.manifest import open_dataset
 from patchmill.pipeline.masks import MaskConfig
 from patchmill.pipeline.shards import ShardReader
 from patchmill.tools.beton import write_beton
+from patchmill.tools.machine import commit, processor, today, versions
 from patchmill.tools.pack_dataset import pack_dataset
 from patchmill.tools.plan import PackOptions
 from patchmill.tools.sources import list_folder

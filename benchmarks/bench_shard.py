@@ -24,7 +24,8 @@ from pathlib import Path
 import simplejpeg
 from PIL import Image
 
-from benchmarks.machine import commit, processor, results_folder, today, versions
+from benchmarks.pages import results_folder
+from patchmill.tools.machine import commit, processor, today, versions
 from patchmill.tools.normalise import Policy
 from patchmill.tools.pack_dataset import pack_dataset
 from patchmill.tools.plan import PackOptions

@@ -19,11 +19,12 @@ import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.machine import results_folder, today
-from benchmarks.measure import environment
+from benchmarks.pages import results_folder
 from benchmarks.published_mae import PublishedMAE
 from patchmill.pipeline.batch import Batch
 from patchmill.pipeline.masks import MaskConfig, MaskPlan
+from patchmill.tools.machine import today
+from patchmill.tools.timing import environment
 from patchmill.trainer.config import ModelConfig
 from patchmill.trainer.mae import MaskedAutoencoder
 from patchmill.trainer.metrics import device_peak, peak_memory_gb, train_flops_per_image

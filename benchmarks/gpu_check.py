@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import torch
 
-from benchmarks.machine import results_folder
+from benchmarks.pages import results_folder
 
 ROOT = Path(__file__).parent.parent
 TOTAL_SECONDS = 530.0

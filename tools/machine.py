@@ -1,6 +1,5 @@
-"""benchmarks -> [machine] -> result pages: where numbers were taken and where they go. The standard library alone."""
+"""where numbers are taken -> [machine] -> reports, benchmark pages: processor, commit, versions, date."""
 
-import os
 import platform
 import subprocess
 import time
@@ -36,10 +35,3 @@ def versions(*packages: str) -> str:
 def today() -> str:
     """The date (UTC), as in the names of result files."""
     return time.strftime("%Y-%m-%d", time.gmtime())
-
-
-def results_folder() -> Path:
-    """$OUT, or benchmarks/results/."""
-    folder = Path(os.environ.get("OUT") or Path(__file__).parent / "results")
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder

@@ -1,0 +1,163 @@
+"""measured stages -> [verdict] -> one sentence: what binds a run, by how much, and what would bind next.
+
+The model is that of operational analysis (Denning and Buzen, "The operational analysis of queueing network models",
+1978). A run is a chain of stages with queues between them. Each stage holds some resources for a while for every image:
+a decoding thread, a core, the storage, the device. A resource with c servers that an image holds for s seconds can
+serve c / s images a second, and a run goes at most as fast as its slowest resource:
+
+    decode holds a thread and a core for 1.5 ms, resize for 0.5 ms, the step holds the device for 0.4 ms
+    2 threads: 2 / 2.0 ms = 1,000 images/s    2 cores: 1,000 images/s    device: 1 / 0.4 ms = 2,500 images/s
+    -> the threads bind, most of their time is decode's: "decode binds: 1,000 of the 2,500 images/s that the step takes"
+
+It is a bound: queues that are short and stages that vary lose a little. Ratios of two predictions lose the same, which
+is why gains are predicted as ratios (profile_remedies.py). Pure functions of measured numbers; nothing is timed here.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+THREADS = "reader threads"
+CORES = "cores"
+STORAGE = "storage"
+LINK = "host-to-device link"
+FRONT = "loader's thread"
+"""the one thread that plans batches, moves them to the device and draws their masks"""
+GIL = "Python interpreter"
+"""the lock that only one thread of a process holds: planning and bookkeeping"""
+DEVICE = "device"
+STEP = "step"
+
+CLOSE = 1.15
+"""resources nearer than this share the blame: the bound is least exact there"""
+STRAGGLES = 1.25
+"""a rank this many times slower than the median of the others holds all of them up"""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What one image costs at a stage."""
+
+    name: str
+    holds: Mapping[str, float]
+    """seconds for which an image holds each resource"""
+    spread: float = 0.0
+    """half of the interquartile range of these seconds, over their median"""
+
+
+@dataclass(frozen=True)
+class Model:
+    """Stages, and how many servers each resource has (threads, cores; 1 for what there is one of)."""
+
+    stages: Sequence[Stage]
+    servers: Mapping[str, float]
+
+    def held(self, resource: str) -> float:
+        """Seconds for which one image holds a resource, over all stages."""
+        return sum(stage.holds.get(resource, 0.0) for stage in self.stages)
+
+    def supplies(self) -> dict[str, float]:
+        """Images per second that each resource can serve, slowest first; resources that nothing holds are left out."""
+        held = {name: self.held(name) for name in self.servers}
+        rates = {name: self.servers[name] / seconds for name, seconds in held.items() if seconds > 0}
+        return dict(sorted(rates.items(), key=lambda item: item[1]))
+
+    def images_per_s(self) -> float:
+        """The bound on the whole: the slowest resource."""
+        return next(iter(self.supplies().values()))
+
+    def without(self, name: str) -> "Model":
+        """The same without a stage."""
+        return replace(self, stages=[stage for stage in self.stages if stage.name != name])
+
+    def largest(self, resource: str) -> Stage:
+        """The stage that holds a resource longest."""
+        return max(self.stages, key=lambda stage: stage.holds.get(resource, 0.0))
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What binds."""
+
+    stage: str
+    """the stage that holds the binding resource longest"""
+    resource: str
+    share: float
+    """of the binding resource's time that this stage takes"""
+    images_per_s: float
+    """the bound"""
+    wanted: float | None
+    """images per second that the step takes when nothing keeps it waiting; None where no step was measured"""
+    next_stage: str | None
+    next_resource: str | None
+    headroom: float | None
+    """what the next resource could serve over what the binding one serves"""
+    certain: bool
+    """whether the binding stage stands out from the next beyond the spread of the measurements"""
+    sentence: str
+
+
+def judge(model: Model, noise: str | None = None) -> Verdict:
+    """Names the binding stage.
+
+    Args:
+        model: what was measured.
+        noise: why the machine was too noisy to trust small differences, None where it was quiet.
+    """
+    supplies = model.supplies()
+    resource, rate = next(iter(supplies.items()))
+    stage = model.largest(resource)
+    share = stage.holds[resource] / model.held(resource)
+    has_step = any(each.name == STEP for each in model.stages)
+    wanted = supplies.get(DEVICE) if has_step else None
+    follower = next(((r, s) for r, s in supplies.items() if model.largest(r).name != stage.name), None)
+    next_stage = model.largest(follower[0]) if follower else None
+    headroom = follower[1] / rate if follower else None
+    doubt = stage.spread + next_stage.spread if next_stage else stage.spread
+    certain = headroom is None or headroom > 1 + max(doubt, 0.5 if noise else 0.0)
+    verdict = Verdict(
+        stage.name, resource, share, rate, wanted,
+        next_stage.name if next_stage else None, follower[0] if follower else None, headroom, certain, "",
+    )  # fmt: skip
+    return replace(verdict, sentence=_sentence(verdict, model, noise))
+
+
+def straggler(own_seconds_R: Sequence[float]) -> int | None:
+    """The rank that the others wait for, from each rank's own seconds a step before they meet; None when they are even.
+
+    Example: [0.10, 0.11, 0.31, 0.10] -> 2
+    """
+    if len(own_seconds_R) < 2:
+        return None
+    slowest = max(range(len(own_seconds_R)), key=lambda rank: own_seconds_R[rank])
+    others = sorted(seconds for rank, seconds in enumerate(own_seconds_R) if rank != slowest)
+    middle = others[len(others) // 2]
+    return slowest if own_seconds_R[slowest] > STRAGGLES * middle else None
+
+
+def _sentence(verdict: Verdict, model: Model, noise: str | None) -> str:
+    rate = f"{verdict.images_per_s:,.0f} images/s"
+    if verdict.stage == STEP:
+        text = f"the step binds: {rate}"
+        data = model.without(STEP).supplies()
+        if data:
+            text += f"; the loader could give {next(iter(data.values())) / verdict.images_per_s:.1f} times as many"
+    elif verdict.wanted is not None:
+        share = verdict.images_per_s / verdict.wanted
+        text = f"{verdict.stage} binds: {rate} of the {verdict.wanted:,.0f} that the step could take ({share:.0%})"
+    else:
+        text = f"{verdict.stage} binds the loader: {rate}"
+    if verdict.resource in (CORES, THREADS, GIL) and verdict.stage != verdict.resource:
+        text += f" ({verdict.share:.0%} of the time of the {_count(model, verdict.resource)})"
+    if verdict.next_stage and verdict.headroom is not None and verdict.stage != STEP:
+        text += f"; next binds {verdict.next_stage}, at {verdict.headroom:.1f} times this rate"
+    if not verdict.certain:
+        reason = noise or "the two are closer than their measurements spread"
+        text += f". Too noisy to tell {verdict.stage} from {verdict.next_stage} ({reason})"
+    elif verdict.headroom is not None and verdict.headroom < CLOSE and verdict.stage != STEP:
+        text += " (near to balance: relieving one alone gains little)"
+    return text + "."
+
+
+def _count(model: Model, resource: str) -> str:
+    servers = model.servers[resource]
+    return resource if servers == 1 else f"{servers:g} {resource}"
