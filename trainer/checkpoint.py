@@ -24,8 +24,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from patchmill.trainer.config import ModelConfig
-from patchmill.trainer.mae import MaskedAutoencoder
+from patchmill.trainer.models import build_model
 from patchmill.trainer.step import Guard, whole
+from patchmill.trainer.vit import VisionTransformer
 
 FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
 SUMS = "SHA256SUMS"
@@ -49,7 +50,7 @@ class Snapshot(NamedTuple):
 
 
 def take_snapshot(
-    model: MaskedAutoencoder,
+    model: VisionTransformer,
     optimizer: torch.optim.Optimizer,
     guard: Guard,
     state: dict[str, Any],
@@ -166,7 +167,7 @@ def find_damage(path: Path) -> str | None:
     return f"{SUMS} is not what was written"
 
 
-def restore(path: Path, model: MaskedAutoencoder, optimizer: torch.optim.Optimizer, guard: Guard) -> dict[str, Any]:
+def restore(path: Path, model: VisionTransformer, optimizer: torch.optim.Optimizer, guard: Guard) -> dict[str, Any]:
     """Loads weights, moments and guard in place and returns the saved state. `find_damage` must have passed it.
 
     Raises:
@@ -233,7 +234,7 @@ def _like(full: Tensor, target: Any) -> Tensor:
     return distribute_tensor(full.to(target.device), target.device_mesh, target.placements, src_data_rank=None)
 
 
-def load_model(path: str | Path) -> tuple[MaskedAutoencoder, Path]:
+def load_model(path: str | Path) -> tuple[VisionTransformer, Path]:
     """A model in eval mode from a run folder (its newest valid checkpoint), a checkpoint folder or a .safetensors file.
 
     Raises:
@@ -242,7 +243,7 @@ def load_model(path: str | Path) -> tuple[MaskedAutoencoder, Path]:
     path = find_model_file(path)
     config = read_model_config(path)
     _check_size(config, path)
-    model = MaskedAutoencoder(config)
+    model = build_model(config)
     load_weights(path, model)
     return model.eval(), path
 

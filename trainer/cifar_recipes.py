@@ -43,6 +43,12 @@ def mae_cifar_nano_p4() -> PretrainConfig:
     )
 
 
+def umae_cifar_nano_p4() -> PretrainConfig:
+    """`mae-cifar-nano-p4` with U-MAE's term at its published weight, all else the same."""
+    config = mae_cifar_nano_p4()
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, uniformity_weight=0.01))
+
+
 def mae_cifar_tiny_p4() -> PretrainConfig:
     """ViT-Tiny, patch 4, 800 epochs."""
     return _mae(cifar_model(192, 12, 3, 4, (192, 4, 3)))
@@ -113,6 +119,7 @@ def _mae(model: ModelConfig) -> PretrainConfig:
 
 CIFAR_PRETRAIN: dict[str, Callable[[], PretrainConfig]] = {
     "mae-cifar-nano-p4": mae_cifar_nano_p4,
+    "umae-cifar-nano-p4": umae_cifar_nano_p4,
     "mae-cifar-tiny-p4": mae_cifar_tiny_p4,
     "mae-cifar-tiny-p2": mae_cifar_tiny_p2,
     "mae-cifar-small-p4": mae_cifar_small_p4,

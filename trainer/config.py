@@ -13,6 +13,8 @@ from patchmill.trainer.online_config import OnlineEvalConfig
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+MODEL_CHOICES = {"uniformity_form": ("as-published", "global-gradient")}
+"""what a checkpoint's header may say, which no type checker sees"""
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,10 @@ class ModelConfig:
     """per channel, in 0..1 units, subtracted from the images"""
     std: tuple[float, ...] = IMAGENET_STD
     """per channel, in 0..1 units, divides the images"""
+    uniformity_weight: float = 0.0
+    """weight of U-MAE's uniformity term on the class tokens (0.01 as published); 0: none"""
+    uniformity_form: Literal["as-published", "global-gradient"] = "as-published"
+    """as-published: the term's gradient is that of the whole batch over the ranks, of class tokens normed twice"""
 
     def __post_init__(self) -> None:
         height, width = self.image_hw
@@ -69,6 +75,11 @@ class ModelConfig:
             )
         if min(self.std) <= 0:
             raise ValueError(f"model.std {self.std} must be positive")
+        if self.uniformity_weight < 0:
+            raise ValueError(f"model.uniformity_weight is {self.uniformity_weight}; it must not be negative")
+        for name, choices in MODEL_CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"model.{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
 
     @property
     def image_hw(self) -> tuple[int, int]:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from patchmill.trainer.mae import MaskedAutoencoder
+from patchmill.trainer.vit import VisionTransformer
 
 
 class Features(NamedTuple):
@@ -29,7 +29,7 @@ class Encoder(nn.Module):
     mean: Tensor
     std: Tensor
 
-    def __init__(self, model: MaskedAutoencoder) -> None:
+    def __init__(self, model: VisionTransformer) -> None:
         super().__init__()
         c = self.config = model.config
         self.cls_token = model.cls_token

@@ -20,9 +20,10 @@ from patchmill.trainer.eval_config import TestConfig
 from patchmill.trainer.eval_state import read_classifier
 from patchmill.trainer.knn import FeatureTable, knn_scores, make_table
 from patchmill.trainer.labelled import Labelled, class_columns, each_once, open_labelled, to_test_classes
-from patchmill.trainer.mae import MaskedAutoencoder
+from patchmill.trainer.models import build_model
 from patchmill.trainer.online_config import OnlineEvalConfig
 from patchmill.trainer.scores import Scorer, Scores, check_torchmetrics
+from patchmill.trainer.vit import VisionTransformer
 from patchmill.trainer.world import World, autocast_dtype
 
 L2 = 1e-4
@@ -74,7 +75,7 @@ def load_classifier(path: Path) -> tuple[Classifier, dict[str, Any]]:
         ValueError: it is not there or not whole.
     """
     tensors, about = read_classifier(path)
-    encoder = Encoder(MaskedAutoencoder(parse_model_config(about["model"], path)))
+    encoder = Encoder(build_model(parse_model_config(about["model"], path)))
     model = Classifier(encoder, len(about["classes"]), about["pool"], about["head"])
     try:
         model.load_state_dict(tensors)
@@ -130,7 +131,7 @@ class OnlineEvaluation:
         every = self.config.every_epochs
         return every is not None and step > 0 and step % max(1, round(every * steps_per_epoch)) == 0
 
-    def __call__(self, model: MaskedAutoencoder, autocast: torch.dtype | None) -> dict[str, float]:
+    def __call__(self, model: VisionTransformer, autocast: torch.dtype | None) -> dict[str, float]:
         """knn_top1, probe_top1 (0 to 1, class token, centre crops) of the model as it is.
 
         Args:

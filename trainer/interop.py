@@ -16,8 +16,8 @@ import torch
 
 from patchmill.trainer.config import ModelConfig
 from patchmill.trainer.encoder import Encoder
-from patchmill.trainer.mae import MaskedAutoencoder
 from patchmill.trainer.model_shape import Hints, find_faults, infer_config
+from patchmill.trainer.models import build_model
 from patchmill.trainer.resize import resize_model
 from patchmill.trainer.state_names import NamedFormat, Tensors, encoder_only, from_format, is_decoder, listed, recognise
 from patchmill.trainer.weight_files import config_json, read_weights, write_safetensors
@@ -127,7 +127,7 @@ def load_encoder(
 def build_encoder(checkpoint: Checkpoint) -> Encoder:
     """The encoder of a checkpoint as a module in eval mode; it takes the tensors over without a copy."""
     with torch.device("meta"):
-        model = MaskedAutoencoder(checkpoint.config)
+        model = build_model(checkpoint.config)
     encoder = Encoder(model)
     encoder.load_state_dict(encoder_only(checkpoint.tensors), assign=True)
     return encoder.eval()

@@ -17,7 +17,8 @@ from patchmill.kernels.masked_loss import masked_mse
 from patchmill.kernels.unshuffle import unshuffle
 from patchmill.pipeline.masks import MaskPlan
 from patchmill.trainer.config import ModelConfig
-from patchmill.trainer.vit import LAYER_NORM_EPS, Block, PatchEmbed, initialise, sincos_positions
+from patchmill.trainer.uniformity import add_uniformity
+from patchmill.trainer.vit import LAYER_NORM_EPS, Block, VisionTransformer, initialise, sincos_positions
 
 
 class MAEOutput(NamedTuple):
@@ -29,20 +30,16 @@ class MAEOutput(NamedTuple):
     """[B, M, P] in mask order"""
     latent: Tensor
     """[B, 1 + K, D]: class token, then kept patches in kept order"""
+    uniformity: Tensor | None = None
+    """scalar fp32, U-MAE's term before its weight; it is part of the loss. None for a model without it"""
 
 
-class MaskedAutoencoder(nn.Module):
+class MaskedAutoencoder(VisionTransformer):
     """Asymmetric encoder-decoder of He et al. 2021, section 3, with the published parameter names."""
 
     def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        c = self.config = config
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, c.embed_dim))
-        self.pos_embed = nn.Parameter(sincos_positions(c.embed_dim, c.grid_hw), requires_grad=False)
-        self.patch_embed = PatchEmbed(c.patch_size, c.channels, c.embed_dim)
-        self.blocks = nn.ModuleList(Block(c.embed_dim, c.num_heads, c.mlp_ratio) for _ in range(c.depth))
-        self.norm = nn.LayerNorm(c.embed_dim, eps=LAYER_NORM_EPS)
-
+        super().__init__(config)
+        c = config
         self.decoder_embed = nn.Linear(c.embed_dim, c.decoder_embed_dim)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, c.decoder_embed_dim))
         self.decoder_pos_embed = nn.Parameter(sincos_positions(c.decoder_embed_dim, c.grid_hw), requires_grad=False)
@@ -65,23 +62,20 @@ class MaskedAutoencoder(nn.Module):
         Raises:
             ValueError: images or plan of another size than the model's.
         """
-        self._check(images_BHWC, plan)
+        self.check(images_BHWC, plan)
         c = self.config
         latent_BND = self.encode(images_BHWC, plan.ids_keep)
         pred_BMP = self.decode(latent_BND, plan)
         loss = masked_mse(pred_BMP, images_BHWC, plan.ids_mask, c.patch_size, c.mean, c.std, c.norm_pix_loss)
-        return MAEOutput(loss, pred_BMP, latent_BND)
+        loss, uniformity = add_uniformity(loss, latent_BND[:, 0], self.norm, c)
+        return MAEOutput(loss, pred_BMP, latent_BND, uniformity)
 
     def encode(self, images_BHWC: Tensor, ids_keep_BK: Tensor) -> Tensor:
         """uint8 images and the patches to look at (int32) -> normed features [B, 1 + K, D], class token first."""
         c = self.config
         patches_BKP = gather_patches(images_BHWC, ids_keep_BK, c.patch_size, c.mean, c.std, self.pos_embed.dtype)
         tokens_BKD = self.patch_embed(patches_BKP) + self.pos_embed[0, 1:][ids_keep_BK]
-        cls_B1D = (self.cls_token + self.pos_embed[:, :1]).expand(len(tokens_BKD), -1, -1)
-        x_BND = torch.cat([cls_B1D, tokens_BKD], dim=1)
-        for block in self.blocks:
-            x_BND = block(x_BND)
-        return self.norm(x_BND)
+        return self.transform(tokens_BKD)
 
     def decode(self, latent_BND: Tensor, plan: MaskPlan) -> Tensor:
         """Features [B, 1 + K, D] -> predicted values of the masked patches [B, M, P], in mask order."""
@@ -91,14 +85,3 @@ class MaskedAutoencoder(nn.Module):
             x_BNE = block(x_BNE)
         x_BME = self.decoder_blocks[-1](x_BNE, plan.ids_mask + 1)
         return self.decoder_pred(self.decoder_norm(x_BME))
-
-    def _check(self, images_BHWC: Tensor, plan: MaskPlan) -> None:
-        c = self.config
-        wanted = (*c.image_hw, c.channels)
-        if tuple(images_BHWC.shape[1:]) != wanted:
-            raise ValueError(
-                f"images are {tuple(images_BHWC.shape)}; the model wants [B, {wanted[0]}, {wanted[1]}, {wanted[2]}] "
-                "(height, width and channels last): set the loader's image size to the model's"
-            )
-        if plan.ids_restore.shape[1] != c.num_patches:
-            raise ValueError(f"the mask plan has {plan.ids_restore.shape[1]} patches; the model has {c.num_patches}")

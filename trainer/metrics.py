@@ -62,6 +62,7 @@ class Metrics:
 
     `latest` is the newest written line, for the progress bar: step, epoch, loss, lr, grad_norm, skipped, images_per_s,
     data_wait (share of wall time spent waiting for the loader), memory_gb, and mfu where the device's peak is known.
+    With U-MAE's term, whose weighted value is part of the loss: reconstruction (the loss without it) and uniformity.
     """
 
     def __init__(
@@ -73,10 +74,12 @@ class Metrics:
         flops_per_image: float,
         tensorboard: bool,
         wandb: str | None,
+        uniformity_weight: float = 0.0,
     ) -> None:
         self.run, self.world = run, world
         self.global_batch = global_batch
         self.flops_per_image = flops_per_image
+        self.uniformity_weight = uniformity_weight
         self.latest: dict[str, float] = {}
         self.latest_evaluation: dict[str, float] = {}
         self.skipped_in_a_row = 0
@@ -125,7 +128,7 @@ class Metrics:
         if self._peak:
             now_values["mfu"] = round(rate / self.world.size * self.flops_per_image / self._peak, 5)
         now_values |= {name: value.item() for name, value in watched.items()}
-        for each, (loss, grad_norm, skipped, own_loss) in zip(self._pending, rows, strict=True):
+        for each, (loss, grad_norm, skipped, own_loss, uniformity) in zip(self._pending, rows, strict=True):
             self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
             line = {
                 "step": each.step,
@@ -134,6 +137,8 @@ class Metrics:
                 "lr": each.lr,
                 "grad_norm": grad_norm,
             }
+            if self.uniformity_weight:
+                line |= {"reconstruction": loss - self.uniformity_weight * uniformity, "uniformity": uniformity}
             if skipped:
                 self.skipped += 1
                 self._name_samples(line, own_loss, each.sample_ids_B)

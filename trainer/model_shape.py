@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from patchmill.trainer.config import ModelConfig
-from patchmill.trainer.mae import MaskedAutoencoder
+from patchmill.trainer.models import build_model
 from patchmill.trainer.state_names import Tensors, encoder_only, is_decoder, listed
 
 HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}
@@ -106,7 +106,7 @@ def is_plain_float(tensor: Tensor) -> bool:
 def expected_tensors(config: ModelConfig, *, with_decoder: bool) -> Tensors:
     """Names and shapes of a model's tensors; they take no memory."""
     with torch.device("meta"):
-        state = MaskedAutoencoder(config).state_dict()
+        state = build_model(config).state_dict()
     return state if with_decoder else encoder_only(state)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from patchmill.kernels.gather import gather_patches
 from patchmill.pipeline.masks import MaskPlan
-from patchmill.trainer.mae import MaskedAutoencoder
+from patchmill.trainer.vit import VisionTransformer
 
 GAP = 4
 """white pixels between images, before scaling"""
@@ -23,7 +23,7 @@ GREY = 128
 
 
 @torch.no_grad()
-def reconstruct(model: MaskedAutoencoder, images_BHWC: Tensor, plan: MaskPlan) -> tuple[Tensor, Tensor]:
+def reconstruct(model: VisionTransformer, images_BHWC: Tensor, plan: MaskPlan) -> tuple[Tensor, Tensor]:
     """The masked images and their reconstructions (visible patches as they are, masked ones as predicted).
 
     A model of normalised pixels predicts each patch up to its mean and standard deviation: those of the true patch are

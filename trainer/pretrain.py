@@ -19,8 +19,8 @@ from patchmill.trainer import checkpoint
 from patchmill.trainer.config import PretrainConfig
 from patchmill.trainer.cuda_graph import GraphedUpdate
 from patchmill.trainer.evaluate import OnlineEvaluation
-from patchmill.trainer.mae import MaskedAutoencoder
 from patchmill.trainer.metrics import Metrics, mask_token_norm, train_flops_per_image
+from patchmill.trainer.models import build_model
 from patchmill.trainer.optim import build_optimizer, learning_rate
 from patchmill.trainer.parallel import distribute
 from patchmill.trainer.pictures import reconstruct, write_grid
@@ -28,6 +28,7 @@ from patchmill.trainer.run_folder import open_run, write_status
 from patchmill.trainer.saver import Saver
 from patchmill.trainer.signals import stop_on_signals
 from patchmill.trainer.step import Guard, StepValues, set_learning_rate, update
+from patchmill.trainer.vit import VisionTransformer
 from patchmill.trainer.world import StopVote, World, autocast_dtype, joined_world
 
 PICTURE_IMAGES = 8
@@ -63,7 +64,7 @@ class Summary(NamedTuple):
 class Trainee(NamedTuple):
     """What is trained, and all of its state but the loader's."""
 
-    model: MaskedAutoencoder
+    model: VisionTransformer
     optimizer: torch.optim.Optimizer
     guard: Guard
     update: Callable[[Batch], StepValues]
@@ -199,7 +200,7 @@ def _build(config: PretrainConfig, world: World) -> Trainee:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
     torch.use_deterministic_algorithms(train.deterministic)
     torch.manual_seed(config.seed)
-    model = MaskedAutoencoder(config.model).to(world.device)
+    model = build_model(config.model).to(world.device)
     forward = distribute(model, train, world)
     optimizer = build_optimizer(model, config.optim)
     autocast = autocast_dtype(train.precision, world.device)
@@ -229,6 +230,7 @@ def _metrics(config: PretrainConfig, world: World) -> Metrics:
         flops_per_image=train_flops_per_image(config.model, config.mask.ratio),
         tensorboard=config.train.tensorboard,
         wandb=config.train.wandb,
+        uniformity_weight=config.model.uniformity_weight,
     )
 
 
@@ -281,7 +283,7 @@ def _crosses(step: int, interval: float) -> bool:
     return step // interval > (step - 1) // interval
 
 
-def _draw(path: Path, model: MaskedAutoencoder, batch: Batch, world: World) -> None:
+def _draw(path: Path, model: VisionTransformer, batch: Batch, world: World) -> None:
     """A grid of masked | reconstruction | original. Every rank must call it: sharded weights are gathered."""
     plan = dataclasses.replace(batch.plan, **{name: ids[:PICTURE_IMAGES] for name, ids in vars(batch.plan).items()})
     columns = reconstruct(model, batch.images[:PICTURE_IMAGES], plan)

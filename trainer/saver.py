@@ -8,8 +8,8 @@ import torch
 
 from patchmill.trainer import checkpoint
 from patchmill.trainer.config import TrainConfig
-from patchmill.trainer.mae import MaskedAutoencoder
 from patchmill.trainer.step import Guard
+from patchmill.trainer.vit import VisionTransformer
 from patchmill.trainer.world import World
 
 
@@ -28,7 +28,7 @@ class Saver:
     def save(
         self,
         step: int,
-        model: MaskedAutoencoder,
+        model: VisionTransformer,
         optimizer: torch.optim.Optimizer,
         guard: Guard,
         state: dict[str, Any],

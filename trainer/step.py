@@ -33,6 +33,8 @@ class StepValues(NamedTuple):
     """1 where the update was left out, else 0"""
     own_loss: Tensor
     """mean over this rank's images: tells which rank brought a loss that is not finite"""
+    uniformity: Tensor
+    """U-MAE's term over the images of all ranks, mean over accumulated parts; 0 for a model without it"""
 
 
 class Guard:
@@ -89,14 +91,17 @@ def update(
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     scale = guard.state["loss_scale"]
-    own_loss = torch.zeros((), device=batch.images.device)
-    parts = _micro_batches(batch, accum_steps)
+    own_loss, uniformity = (torch.zeros((), device=batch.images.device) for _ in range(2))
+    parts = micro_batches(batch, accum_steps)
     for number, (images, plan) in enumerate(parts, 1):
         _reduce_gradients(model, last=number == len(parts))
         with torch.autocast(batch.images.device.type, dtype=autocast, enabled=autocast is not None):
-            part_loss = model(images, plan).loss / accum_steps
+            output = model(images, plan)
+            part_loss = output.loss / accum_steps
         (part_loss * scale if guard.fp16 else part_loss).backward()
         own_loss += part_loss.detach()
+        if output.uniformity is not None:
+            uniformity += output.uniformity.detach() / accum_steps
     gradients = [p.grad for p in parameters if p.grad is not None]
     if guard.fp16:
         torch._foreach_mul_(gradients, 1 / scale)
@@ -106,7 +111,7 @@ def update(
         torch.nn.utils.clip_grads_with_norm_(parameters, clip_grad, grad_norm)
     skipped = guard.skip(loss, grad_norm)
     _apply(optimizer, skipped)
-    return StepValues(loss, grad_norm, skipped, own_loss)
+    return StepValues(loss, grad_norm, skipped, own_loss, uniformity)
 
 
 def whole(tensor: Any) -> Tensor:
@@ -140,7 +145,8 @@ def _reduce_gradients(model: nn.Module, last: bool) -> None:
         model.set_requires_gradient_sync(last)  # type: ignore[operator]
 
 
-def _micro_batches(batch: Batch, count: int) -> list[tuple[Tensor, MaskPlan]]:
+def micro_batches(batch: Batch, count: int) -> list[tuple[Tensor, MaskPlan]]:
+    """Images and mask plan of a batch in `count` parts."""
     plan = batch.plan
     ids = zip(plan.ids_keep.chunk(count), plan.ids_mask.chunk(count), plan.ids_restore.chunk(count), strict=True)
     return [(images, MaskPlan(*parts)) for images, parts in zip(batch.images.chunk(count), ids, strict=True)]

@@ -10,7 +10,7 @@ from patchmill.trainer.config import ModelConfig
 from patchmill.trainer.encoder import Encoder
 from patchmill.trainer.eval_config import SubjectConfig
 from patchmill.trainer.interop import build_encoder, read_checkpoint, resized
-from patchmill.trainer.mae import MaskedAutoencoder
+from patchmill.trainer.models import build_model
 
 Start = Literal["pretrained", "random", "scratch"]
 
@@ -83,4 +83,4 @@ def default_out(file: Path | None, protocol: str, start: Start) -> Path:
 def _random_encoder(config: ModelConfig, seed: int) -> Encoder:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return Encoder(MaskedAutoencoder(config)).eval()
+        return Encoder(build_model(config)).eval()

@@ -3,7 +3,7 @@
 Names and arithmetic are those of the published code (timm's ViT as He et al. 2021 use it): pre-norm blocks, one `qkv`
 matrix, GELU (erf), LayerNorm eps 1e-6, and sin-cos positions whose first half comes from the column.
 
-Shapes: B images, N tokens, Q query tokens, D width, H heads.
+Shapes: B images, K patches looked at, N tokens, Q query tokens, D width, H heads; H W C of images: their pixels.
 """
 
 import math
@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from patchmill.kernels.gather import gather_tokens
+from patchmill.pipeline.masks import MaskPlan
+from patchmill.trainer.config import ModelConfig
 
 LAYER_NORM_EPS = 1e-6
 
@@ -101,6 +103,39 @@ class PatchEmbed(nn.Module):
         """[B, K, P] patches in (row, column, channel) order -> [B, K, D]."""
         weight_DP = self.proj.weight.permute(0, 2, 3, 1).flatten(1)
         return F.linear(patches_BKP, weight_DP, self.proj.bias)
+
+
+class VisionTransformer(nn.Module):
+    """The encoder that all models have, under its published names; each adds what it predicts with."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        c = self.config = config
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, c.embed_dim))
+        self.pos_embed = nn.Parameter(sincos_positions(c.embed_dim, c.grid_hw), requires_grad=False)
+        self.patch_embed = PatchEmbed(c.patch_size, c.channels, c.embed_dim)
+        self.blocks = nn.ModuleList(Block(c.embed_dim, c.num_heads, c.mlp_ratio) for _ in range(c.depth))
+        self.norm = nn.LayerNorm(c.embed_dim, eps=LAYER_NORM_EPS)
+
+    def transform(self, tokens_BKD: Tensor) -> Tensor:
+        """Tokens with their positions [B, K, D] -> normed features [B, 1 + K, D], class token first."""
+        cls_B1D = (self.cls_token + self.pos_embed[:, :1]).expand(len(tokens_BKD), -1, -1)
+        x_BND = torch.cat([cls_B1D, tokens_BKD], dim=1)
+        for block in self.blocks:
+            x_BND = block(x_BND)
+        return self.norm(x_BND)
+
+    def check(self, images_BHWC: Tensor, plan: MaskPlan) -> None:
+        """Raises ValueError for images or a plan of another size than the model's."""
+        c = self.config
+        wanted = (*c.image_hw, c.channels)
+        if tuple(images_BHWC.shape[1:]) != wanted:
+            raise ValueError(
+                f"images are {tuple(images_BHWC.shape)}; the model wants [B, {wanted[0]}, {wanted[1]}, {wanted[2]}] "
+                "(height, width and channels last): set the loader's image size to the model's"
+            )
+        if plan.ids_restore.shape[1] != c.num_patches:
+            raise ValueError(f"the mask plan has {plan.ids_restore.shape[1]} patches; the model has {c.num_patches}")
 
 
 def sincos_positions(dim: int, grid_hw: tuple[int, int], num_prefix: int = 1) -> Tensor:
