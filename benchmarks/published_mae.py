@@ -71,6 +71,9 @@ class PublishedPatchEmbed(nn.Module):
 class PublishedMAE(nn.Module):
     """The published masked autoencoder. `config` is a patchmill ModelConfig; `attention` is `explicit` or `sdpa`."""
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, config, attention: str = "sdpa") -> None:
         super().__init__()
         c = self.config = config

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 CHOICES = {
-    "decoder": ("auto", "cpu", "dali"),
+    "decoder": ("auto", "cpu", "dali", "resident"),
     "shuffle": ("auto", "global", "window", "none"),
     "crop": ("random", "fixed", "centre"),
     "crop_rule": ("torchvision", "tf"),
@@ -19,7 +19,8 @@ class DataConfig:
     Attributes:
         path: folder of a packed dataset (`patchmill shard` makes one), local or a URL (http, https, s3, gs, hf); a
             .beton file of FFCV; or plain WebDataset tars without manifest: `{000..146}.tar` after a path or a URL.
-        decoder: "cpu", "dali", or "auto": DALI on a GPU where it is installed, else the CPU.
+        decoder: "cpu", "dali", or "auto": DALI on a GPU where it is installed, else the CPU. "resident" decodes a small
+            dataset of one image size once and keeps it on the device (CIFAR).
         shuffle: "global"; "window" mixes only within windows of shards; "none" keeps the stored order; "auto" is
             "window" for remote data, else "global".
         window_shards: shards of a window.

@@ -24,13 +24,14 @@ from patchmill.pipeline.colour import jitter, jitter_factors
 from patchmill.pipeline.data_config import DataConfig as DataConfig
 from patchmill.pipeline.decode_cpu import CpuDecoder
 from patchmill.pipeline.decode_dali import DaliDecoder
+from patchmill.pipeline.decode_resident import ResidentDecoder
 from patchmill.pipeline.feed import StepPlan
 from patchmill.pipeline.masks import MaskConfig, MaskPlan
 from patchmill.pipeline.prefetch import Prefetcher
 from patchmill.pipeline.source import open_feeder
 from patchmill.pipeline.stream_wds import AnyFeeder
 
-Decoder = CpuDecoder | DaliDecoder
+Decoder = CpuDecoder | DaliDecoder | ResidentDecoder
 
 
 class BatchMaker:
@@ -254,6 +255,15 @@ def _decoder(
             interpolation=config.interpolation,
             workers=workers,
             batches_ahead=config.prefetch_batches,
+            device=device,
+        )
+    if name == "resident":
+        return ResidentDecoder(
+            feeder,
+            image_size=size_hw,
+            channels=channels,
+            interpolation=config.interpolation,
+            workers=workers,
             device=device,
         )
     return CpuDecoder(
