@@ -1,9 +1,11 @@
 """The training step against the published one: `python -m benchmarks.bench_step --model b16 --batch 16`.
 
-All variants are built in one process and take turns, so that whatever else the machine does falls on all of them; the
-ratio is that of medians. The published step is the published formulation (published_mae.py) with torch's default AdamW
-and bf16 autocast, attention written out or through SDPA: the faster one counts. Ours draws its masks inside the clock.
-Peak memory is of a process (CPU) that runs one variant alone, or of the allocator (CUDA).
+All variants take turns, so that whatever else the machine does falls on all of them; the ratio is that of medians. The
+published step is the published formulation (published_mae.py) with torch's default AdamW and bf16 autocast, attention
+written out or through SDPA: the faster one counts. Ours draws its masks inside the clock. On a CPU each variant is a
+process of its own, with the allocator as its program would have it (ours holds freed memory, as `patchmill pretrain`
+does), which waits while the others have their turn; peak memory is the process's. On a GPU all live in one process and
+peak memory is the allocator's.
 """
 
 import argparse
@@ -12,8 +14,9 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from typing import cast
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import NamedTuple, cast
 
 import torch
 from torch import nn
@@ -36,7 +39,17 @@ from patchmill.trainer.world import World, hold_memory
 RECIPES = {"b16": "mae-vit-b16", "l16": "mae-vit-l16", "h14": "mae-vit-h14"}
 MASK = MaskConfig()
 LEARNING_RATE = 1e-4
+WARM_STEPS = 3
 Step = Callable[[], None]
+
+
+class Variant(NamedTuple):
+    """A writing of the step, built and warmed up."""
+
+    turn: Callable[[int], float]
+    """runs so many steps and returns the seconds they took"""
+    memory_gib: float
+    """at most held"""
 
 
 def published(config: ModelConfig, images: torch.Tensor, attention: str, compiled: bool) -> Step:
@@ -95,19 +108,12 @@ def variants(config: ModelConfig, images: torch.Tensor) -> dict[str, Callable[[]
     }
 
 
-def measure(
-    steps: dict[str, Step], device: torch.device, rounds: int, per_round: int, clock: Callable[[], float]
-) -> dict[str, list[float]]:
+def measure(variants: dict[str, Variant], rounds: int, per_round: int) -> dict[str, list[float]]:
     """Seconds a step of every variant in every round; the order turns around from round to round."""
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    seconds: dict[str, list[float]] = {name: [] for name in variants}
     for number in range(rounds):
-        for name in list(steps)[:: 1 if number % 2 else -1]:
-            _wait(device)
-            start = clock()
-            for _ in range(per_round):
-                steps[name]()
-            _wait(device)
-            seconds[name].append((clock() - start) / per_round)
+        for name in list(variants)[:: 1 if number % 2 else -1]:
+            seconds[name].append(variants[name].turn(per_round) / per_round)
     return seconds
 
 
@@ -142,11 +148,56 @@ def _part(name: str, shapes: list, config: ModelConfig) -> str:
     return "pointwise"
 
 
-def peak_memory(name: str, line: list[str]) -> float:
-    """GiB that a process of its own holds at most while it runs one variant (CPU)."""
+def here(step: Step, device: torch.device, clock: Callable[[], float] = time.perf_counter) -> Variant:
+    """A variant in this process."""
+    before = 0
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+    _warm(step)
+    _wait(device)
+
+    def turn(count: int) -> float:
+        _wait(device)
+        start = clock()
+        for _ in range(count):
+            step()
+        _wait(device)
+        return clock() - start
+
+    if device.type == "cuda":
+        return Variant(turn, (torch.cuda.max_memory_allocated(device) - before) / 2**30)
+    return Variant(turn, peak_memory_gb(device))
+
+
+@contextmanager
+def apart(name: str, line: list[str]) -> Iterator[Variant]:
+    """A variant in a process of its own, which `serve` answers for."""
     command = [sys.executable, "-m", "benchmarks.bench_step", *line, "--only", name]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    return float(done.stdout.split()[-1])
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        asked, answers = process.stdin, (line.split() for line in process.stdout)
+
+        def answer(word: str) -> float:
+            found = next((words for words in answers if words[:1] == [word]), None)
+            if found is None:
+                raise ChildProcessError(f"the process of {name!r} ended with code {process.wait()}")
+            return float(found[1])
+
+        def turn(count: int) -> float:
+            print(count, file=asked, flush=True)
+            return answer("seconds")
+
+        yield Variant(turn, answer("memory"))
+        asked.close()
+
+
+def serve(variant: Variant) -> None:
+    """Runs as many steps as each line of the standard input says, and prints the seconds they took."""
+    print("memory", variant.memory_gib, flush=True)
+    for line in sys.stdin:
+        print("seconds", variant.turn(int(line)), flush=True)
 
 
 def _wait(device: torch.device) -> None:
@@ -164,49 +215,39 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true", help="compiled variants as well (always on a GPU)")
     parser.add_argument("--threads", type=int, help="of torch on a CPU")
     parser.add_argument("--cpu-time", action="store_true", help="processor time, not wall time: for a busy machine")
-    parser.add_argument("--only", help="run one variant and print its peak memory")
+    parser.add_argument("--only", help="one variant, as many steps as each line of the standard input says")
     options = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if options.threads:
         torch.set_num_threads(options.threads)
-    if device.type == "cpu":
-        hold_memory()  # as pretrain does; it serves all variants
+    if device.type == "cpu" and not (options.only or "").startswith("published"):
+        hold_memory()  # as pretrain does
     config = get_recipe(RECIPES[options.model]).model
     torch.manual_seed(0)
     images = torch.randint(0, 256, (options.batch, *config.image_hw, config.channels), dtype=torch.uint8, device=device)
     table = variants(config, images)
     if options.only:
-        step = table[options.only]()
-        for _ in range(3):
-            step()
-        print(peak_memory_gb(device))
+        serve(here(table[options.only](), device, time.process_time if options.cpu_time else time.perf_counter))
         return
-    clock = time.process_time if options.cpu_time else time.perf_counter
-    steps: dict[str, Step] = {}
-    memory: dict[str, float] = {}
     with_compiled = options.compile or device.type == "cuda"
-    # results of the eager ones are written before compiling begins, which takes minutes
-    for compiled in (False, True) if with_compiled else (False,):
-        for name, build in table.items():
-            if ("compiled" in name) == compiled:
-                steps[name], memory[name] = _warmed(name, build, device, sys.argv[1:])
-        seconds = measure(steps, device, options.rounds, options.steps, clock)
-        _report(options, config, device, seconds, memory, parts(steps["patchmill"], config, device))
+    with ExitStack() as processes:
+        ready: dict[str, Variant] = {}
+        # results of the eager ones are written before compiling begins, which takes minutes
+        for compiled in (False, True) if with_compiled else (False,):
+            for name in (name for name in table if ("compiled" in name) == compiled):
+                if device.type == "cpu":
+                    ready[name] = processes.enter_context(apart(name, sys.argv[1:]))
+                else:
+                    ready[name] = here(table[name](), device)
+            seconds = measure(ready, options.rounds, options.steps)
+            memory = {name: variant.memory_gib for name, variant in ready.items()}
+            _report(options, config, device, seconds, memory, parts(_warm(table["patchmill"]()), config, device))
 
 
-def _warmed(name: str, build: Callable[[], Step], device: torch.device, line: list[str]) -> tuple[Step, float]:
-    """A variant that is ready to be timed, and the GiB that it needs."""
-    before = 0
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-    step = build()
-    for _ in range(3):
+def _warm(step: Step) -> Step:
+    for _ in range(WARM_STEPS):
         step()
-    _wait(device)
-    if device.type == "cuda":
-        return step, (torch.cuda.max_memory_allocated(device) - before) / 2**30
-    return step, peak_memory(name, line)
+    return step
 
 
 def _report(
