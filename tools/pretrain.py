@@ -16,10 +16,16 @@ from rich.table import Table
 from patchmill.tools import cli
 from patchmill.trainer.config import PretrainConfig
 from patchmill.trainer.config_file import from_toml
-from patchmill.trainer.metrics import EVALUATIONS, read_lines, read_metrics
+from patchmill.trainer.eval_pictures import write_spectra
+from patchmill.trainer.metrics import EVALUATIONS, SPECTRA, read_lines, read_metrics
 from patchmill.trainer.pictures import write_loss_curve
 from patchmill.trainer.pretrain import Progress, Summary, pretrain
 from patchmill.trainer.recipes import RECIPES, get_recipe
+from patchmill.trainer.spectrum import Spectrum
+
+STAGES = 6
+"""spectra that spectra.png shows, evenly over the run"""
+SPECTRA_TITLE = "Spectrum of a training batch's class tokens"
 
 EXAMPLE = """\
 Pretrains a masked autoencoder (He et al. 2021) on shards and writes a run folder.
@@ -97,7 +103,22 @@ def run(config: PretrainConfig) -> Summary | None:
         evaluations = summary.run / EVALUATIONS
         found = read_lines(evaluations) if evaluations.exists() else []
         write_loss_curve(lines, summary.run / "loss.png", found)
+    if (summary.run / SPECTRA).exists():
+        write_spectra(
+            _stages(read_lines(summary.run / SPECTRA)), summary.run / "spectra.png", SPECTRA_TITLE, in_order=True
+        )
     return summary
+
+
+def _stages(lines: list[dict]) -> dict[str, Spectrum]:
+    """Spectra of spectra.jsonl for the picture: the first, the last, and some between."""
+    count = min(STAGES, len(lines))
+    chosen = [lines[round(i * (len(lines) - 1) / max(count - 1, 1))] for i in range(count)]
+    return {
+        f"step {line['step']:,}": Spectrum(line["effective_rank"], line["singular_values"], line["images"])
+        for line in chosen
+        if line["singular_values"]
+    }
 
 
 def report(summary: Summary) -> None:

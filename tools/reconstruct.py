@@ -1,4 +1,4 @@
-"""patchmill reconstruct: checkpoint + shards -> a PNG of masked | reconstruction | original (paper, Figure 2)."""
+"""patchmill reconstruct: checkpoint + shards -> a PNG of masked | reconstruction | original (Figures 2, 4 and 6)."""
 
 import dataclasses
 import inspect
@@ -9,12 +9,15 @@ from typing import Literal
 
 import tyro
 
+from patchmill.pipeline.batch import Batch
 from patchmill.pipeline.data_config import DataConfig
 from patchmill.pipeline.loader import build_loader
-from patchmill.pipeline.masks import MaskConfig
+from patchmill.pipeline.masks import KINDS, MaskConfig, MaskPlan
 from patchmill.tools import cli
 from patchmill.trainer.checkpoint import load_model
-from patchmill.trainer.pictures import reconstruct, write_grid
+from patchmill.trainer.pictures import reconstruct
+from patchmill.trainer.sheets import Column, write_sheet
+from patchmill.trainer.vit import VisionTransformer
 from patchmill.trainer.world import join_world
 
 
@@ -22,8 +25,12 @@ from patchmill.trainer.world import join_world
 class ReconstructConfig:
     """Draws what a checkpoint makes of masked images: masked | reconstruction | original, in rows.
 
+    --masks draws the same images under several masks: ratios (He et al. 2021, Figure 4), kinds (Figure 6), or both.
+
     Example:
         patchmill reconstruct --checkpoint runs/first --data.path shards/ --out grid.png
+        patchmill reconstruct --checkpoint runs/first --data.path shards/ --out ratios.png --masks 0.75 0.85 0.95
+        patchmill reconstruct --checkpoint runs/first --data.path shards/ --out kinds.png --masks random block:0.5 grid
     """
 
     checkpoint: str
@@ -32,10 +39,12 @@ class ReconstructConfig:
     """the PNG to write"""
     data: DataConfig
     mask: MaskConfig
-    images: int = 16
-    """how many images"""
-    across: int = 2
-    """how many of them side by side"""
+    masks: tuple[str, ...] = ()
+    """several masks: a ratio, a kind, or kind:ratio; what one leaves out is that of --mask"""
+    images: int | None = None
+    """how many images; unset: 16, or 8 under several masks"""
+    across: int | None = None
+    """how many of them side by side; unset: 2, or 1 under several masks"""
     seed: int = 0
     """of the choice of images, crops and masks"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -50,8 +59,10 @@ def main(argv: list[str]) -> int:
         raise ValueError(f"--out {out} must end in .png")
     if not config.data.path:
         raise ValueError("no data: give --data.path DIR, a folder that `patchmill shard` wrote")
-    if min(config.images, config.across) < 1:
+    count, across = config.images or (8 if config.masks else 16), config.across or (1 if config.masks else 2)
+    if min(count, across) < 1 or 0 in (config.images, config.across):
         raise ValueError("--images and --across must be at least 1")
+    masks = [parse_mask(text, config.mask) for text in config.masks] or [config.mask]
     device = join_world(config.device).device
     model, source = load_model(config.checkpoint)
     model.to(device)
@@ -60,24 +71,45 @@ def main(argv: list[str]) -> int:
         image_size=model.config.image_size,
         patch_size=model.config.patch_size,
         channels=model.config.channels,
-        mask=config.mask,
+        mask=masks[0],
         seed=config.seed,
-        global_batch=config.images,
+        global_batch=count,
         device=device,
     ) as loader:
         batch = next(iter(loader))
-    masked, reconstruction = reconstruct(model, batch.images, batch.plan)
+    columns = [column for mask in masks for column in mask_columns(model, batch, mask, config.seed)]
     out.parent.mkdir(parents=True, exist_ok=True)
-    write_grid(
-        [masked, reconstruction, batch.images],
-        out,
-        across=min(config.across, config.images),
-        scale=max(1, 160 // model.config.image_hw[0]),
-    )
-    print(f"wrote {out}: {config.images} images of {config.data.path} through {source}")
+    write_sheet([*columns, Column("original", batch.images)], out, across=across)
+    print(f"wrote {out}: {count} images of {config.data.path} through {source}")
     if model.config.norm_pix_loss:
         print("this model predicts normalised pixels: each patch's mean and contrast are the true ones")
     return 0
+
+
+def mask_columns(model: VisionTransformer, batch: Batch, mask: MaskConfig, seed: int) -> list[Column]:
+    """A batch masked and its reconstruction, with titles that say how."""
+    plan = MaskPlan.draw(
+        mask, seed=seed, epoch=batch.epoch, sample_ids_B=batch.sample_ids, grid_hw=model.config.grid_hw
+    )
+    masked, reconstruction = reconstruct(model, batch.images, plan)
+    hidden = plan.ids_mask.shape[1] / plan.ids_restore.shape[1]
+    given = "\nwith the true contrast" if model.config.norm_pix_loss else ""
+    return [Column(f"{mask.kind}\n{hidden:.0%} masked", masked), Column(f"reconstruction{given}", reconstruction)]
+
+
+def parse_mask(text: str, default: MaskConfig) -> MaskConfig:
+    """The mask that "0.85", "grid" or "block:0.5" means. Raises ValueError for anything else.
+
+    Example: "block:0.5" with a default of random masks of 0.75: block masks of 0.5.
+    """
+    kind, _, ratio = text.partition(":")
+    if kind not in KINDS and not ratio:
+        kind, ratio = default.kind, kind
+    try:
+        return dataclasses.replace(default, kind=kind, ratio=float(ratio) if ratio else default.ratio)
+    except ValueError as error:
+        kinds = ", ".join(KINDS)
+        raise ValueError(f"--masks {text!r}: give a ratio (0.85), a kind ({kinds}) or both (block:0.5)") from error
 
 
 if __name__ == "__main__":

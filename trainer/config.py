@@ -177,6 +177,8 @@ class TrainConfig:
     """how long the ranks wait for one of them before the run ends and names it"""
     picture_every_epochs: float | None = None
     """how often a grid of reconstructions is drawn into pictures/; unset: never"""
+    spectrum_every_epochs: float | None = None
+    """how often the effective rank of a batch's class tokens is taken (spectra.jsonl): collapse shows; unset: never"""
     tensorboard: bool = True
     """write TensorBoard events beside metrics.jsonl"""
     wandb: str | None = None
@@ -187,7 +189,7 @@ class TrainConfig:
             _at_least_one(f"train.{name}", getattr(self, name))
         for name in ("keep_last", "keep_every_steps", "total_steps", "total_images"):
             _at_least_one(f"train.{name}", getattr(self, name))
-        for name in ("total_epochs", "rank_timeout_seconds", "picture_every_epochs"):
+        for name in ("total_epochs", "rank_timeout_seconds", "picture_every_epochs", "spectrum_every_epochs"):
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise ValueError(f"train.{name} is {value}; it must be positive")

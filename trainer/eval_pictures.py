@@ -1,4 +1,4 @@
-"""results -> [eval_pictures] -> PNG: accuracy over epochs, confusion, and accuracy over tuned blocks (Figure 9)."""
+"""results -> [eval_pictures] -> PNG: accuracy over epochs and over tuned blocks (Figure 9), confusion, spectra."""
 
 from pathlib import Path
 from typing import Any
@@ -6,7 +6,10 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from patchmill.trainer.spectrum import Spectrum
+
 BLUE, AMBER, GREY = "#1f4e8c", "#c98a2b", "#7a8594"
+PALETTE = (BLUE, AMBER, "#2f7d4f", "#8c2f39", GREY)
 NAMED_CLASSES = 30
 """up to so many classes are named on a confusion matrix"""
 NUMBERED_CLASSES = 12
@@ -56,7 +59,7 @@ def write_sweep(lines: dict[str, list[tuple[float, float]]], path: Path) -> None
     """
     figure, axes = _figure()
     ticks = sorted({blocks for points in lines.values() for blocks, _ in points})
-    for color, (name, points) in zip((BLUE, GREY, AMBER, "#2f7d4f", "#8c2f39") * 4, lines.items(), strict=False):
+    for color, (name, points) in zip(PALETTE * 4, lines.items(), strict=False):
         placed = sorted((ticks.index(blocks), 100 * top1) for blocks, top1 in points)
         axes.plot(*zip(*placed, strict=True), color=color, marker="o", label=name)
         for x, y in placed:
@@ -69,6 +72,35 @@ def write_sweep(lines: dict[str, list[tuple[float, float]]], path: Path) -> None
     _save(figure, path)
 
 
+def write_spectra(spectra: dict[str, Spectrum], path: Path, title: str, *, in_order: bool = False) -> None:
+    """Writes a PNG of singular values (logarithmic) over their index, one line a name, with its effective rank.
+
+    Args:
+        spectra: name -> spectrum; those without values (features that are not finite) are left out.
+        in_order: the names are stages of one run: colours go from light to dark.
+    """
+    figure, axes = _figure()
+    for number, (name, spectrum) in enumerate(spectra.items()):
+        shade = 0.15 + 0.8 * (number + 1) / len(spectra)
+        axes.plot(
+            range(1, 1 + len(spectrum.singular_values)),
+            [value or np.nan for value in spectrum.singular_values],
+            color=_blue(shade) if in_order else PALETTE[number % len(PALETTE)],
+            linestyle="-" if in_order else ("-", "--", ":")[number // len(PALETTE) % 3],
+            label=f"{name}: effective rank {spectrum.effective_rank:.1f} of {len(spectrum.singular_values)}",
+        )
+    axes.set_yscale("log")
+    # a last norm leaves one direction that is rounding noise alone: it would flatten everything else
+    lowest = min((s.singular_values[-2] for s in spectra.values() if len(s.singular_values) > 1), default=0)
+    if lowest > 0:
+        axes.set_ylim(bottom=lowest / 2)
+    axes.set(xlabel="principal axis", ylabel="singular value (features' std. deviation)", title=title)
+    axes.margins(x=0.01)
+    axes.grid(alpha=0.25)
+    axes.legend()
+    _save(figure, path)
+
+
 def _figure(size: tuple[float, float] = (8, 4.5)) -> tuple[Any, Any]:
     import matplotlib
 
@@ -76,6 +108,12 @@ def _figure(size: tuple[float, float] = (8, 4.5)) -> tuple[Any, Any]:
     from matplotlib import pyplot
 
     return pyplot.subplots(figsize=size, dpi=120, layout="constrained")
+
+
+def _blue(shade: float) -> Any:
+    from matplotlib import colormaps
+
+    return colormaps["Blues"](shade)
 
 
 def _save(figure: Any, path: Path) -> None:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from patchmill.trainer.config import ModelConfig
+from patchmill.trainer.spectrum import Spectrum
 from patchmill.trainer.step import StepValues, whole
 from patchmill.trainer.world import World
 
@@ -24,6 +25,8 @@ PEAK_BF16_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "B200": 2250e
 
 EVALUATIONS = "evaluations.jsonl"
 """of a run folder: one object an evaluation on the way"""
+SPECTRA = "spectra.jsonl"
+"""of a run folder: one object a spectrum of class tokens taken on the way"""
 
 
 class _Pending(NamedTuple):
@@ -155,6 +158,14 @@ class Metrics:
             with open(self.run / EVALUATIONS, "a", encoding="utf-8") as file:
                 file.write(json.dumps(_finite(self.latest_evaluation)) + "\n")
         self._show(step, found)
+
+    def add_spectrum(self, step: int, epoch: float, spectrum: Spectrum) -> None:
+        """Writes a line of spectra.jsonl, and the effective rank to the other sinks; to be called on the first rank."""
+        line = {"step": step, "epoch": round(epoch, 6)} | spectrum._asdict()
+        rank = {"effective_rank": spectrum.effective_rank}
+        with open(self.run / SPECTRA, "a", encoding="utf-8") as file:
+            file.write(json.dumps(line | _finite(rank)) + "\n")
+        self._show(step, rank)
 
     def close(self) -> None:
         """Closes the files."""

@@ -9,15 +9,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from patchmill.kernels.gather import gather_patches
 from patchmill.pipeline.masks import MaskPlan
 from patchmill.trainer.vit import VisionTransformer
 
-GAP = 4
-"""white pixels between images, before scaling"""
 GREY = 128
 """grey level of a masked patch"""
 
@@ -50,29 +47,6 @@ def reconstruct(model: VisionTransformer, images_BHWC: Tensor, plan: MaskPlan) -
         _unpatchify(torch.cat([visible_BKP.round(), filling], dim=1), plan, c.grid_hw, c.patch_size)
         for filling in (hidden_BMP, levels_BMP)
     )  # type: ignore[return-value]
-
-
-def write_grid(columns: list[Tensor], path: Path, *, across: int = 2, scale: int = 1) -> None:
-    """Writes a PNG of image tuples: row by row, `across` tuples side by side, each tuple one image of every column.
-
-    Args:
-        columns: uint8 [B, H, W, C] each; one channel is drawn grey, of more than three the first three.
-        scale: whole-number enlargement.
-    """
-    stacked = torch.stack([column.cpu() for column in columns], dim=1).numpy()
-    stacked = np.repeat(stacked, 3, axis=-1) if stacked.shape[-1] == 1 else stacked[..., :3]
-    if stacked.shape[-1] == 2:
-        stacked = np.concatenate([stacked, stacked[..., :1]], axis=-1)
-    B, n, H, W, _ = stacked.shape
-    rows = -(-B // across)
-    tuple_width = n * (W + GAP) + 2 * GAP
-    canvas = np.full((rows * (H + GAP) + GAP, across * tuple_width - GAP, 3), 255, np.uint8)
-    for i, images in enumerate(stacked):
-        top, left = GAP + (i // across) * (H + GAP), (i % across) * tuple_width + GAP
-        for k, image in enumerate(images):
-            canvas[top : top + H, left + k * (W + GAP) : left + k * (W + GAP) + W] = image
-    picture = Image.fromarray(canvas)
-    picture.resize((canvas.shape[1] * scale, canvas.shape[0] * scale), Image.Resampling.NEAREST).save(path)
 
 
 def write_loss_curve(lines: list[dict], path: Path, evaluations: Sequence[dict] = ()) -> None:

@@ -23,10 +23,12 @@ from patchmill.trainer.metrics import Metrics, mask_token_norm, train_flops_per_
 from patchmill.trainer.models import build_model
 from patchmill.trainer.optim import build_optimizer, learning_rate
 from patchmill.trainer.parallel import distribute
-from patchmill.trainer.pictures import reconstruct, write_grid
+from patchmill.trainer.pictures import reconstruct
 from patchmill.trainer.run_folder import open_run, write_status
 from patchmill.trainer.saver import Saver
+from patchmill.trainer.sheets import Column, write_sheet
 from patchmill.trainer.signals import stop_on_signals
+from patchmill.trainer.spectrum import batch_features, take_spectrum
 from patchmill.trainer.step import Guard, StepValues, set_learning_rate, update
 from patchmill.trainer.vit import VisionTransformer
 from patchmill.trainer.world import StopVote, World, autocast_dtype, joined_world
@@ -155,12 +157,18 @@ def _train(
         stopped = step < total_steps and vote.cast(bool(stop))
         ending = step == total_steps or stopped
         due = online is not None and online.is_due(step, per_epoch) and not stopped
-        if ending or due or step % train.log_every_steps == 0:
+        spread = train.spectrum_every_epochs and _crosses(step, train.spectrum_every_epochs * per_epoch)
+        if ending or due or spread or step % train.log_every_steps == 0:
             metrics.flush(loader.wait_seconds, **mask_token_norm(model))
             _check_skipped(metrics, train.max_skipped_steps)
         if online is not None and due:  # before the checkpoint, which then stands for it too
             found = online(model, autocast_dtype(train.precision, world.device))
             metrics.add_evaluation(step, step / per_epoch, found)
+            metrics.start(loader.wait_seconds)
+        if spread:
+            features = batch_features(model, batch, train.accum_steps, world)
+            if world.is_first:
+                metrics.add_spectrum(step, step / per_epoch, take_spectrum(features))
             metrics.start(loader.wait_seconds)
         if ending or step % train.save_every_steps == 0:
             saver.save(step, model, trainee.optimizer, trainee.guard, {"loader": loader.state_dict()})
@@ -286,7 +294,9 @@ def _crosses(step: int, interval: float) -> bool:
 def _draw(path: Path, model: VisionTransformer, batch: Batch, world: World) -> None:
     """A grid of masked | reconstruction | original. Every rank must call it: sharded weights are gathered."""
     plan = dataclasses.replace(batch.plan, **{name: ids[:PICTURE_IMAGES] for name, ids in vars(batch.plan).items()})
-    columns = reconstruct(model, batch.images[:PICTURE_IMAGES], plan)
+    images = batch.images[:PICTURE_IMAGES]
+    masked, reconstruction = reconstruct(model, images, plan)
     if world.is_first:
         path.parent.mkdir(exist_ok=True)
-        write_grid([*columns, batch.images[:PICTURE_IMAGES]], path)
+        columns = {"masked": masked, "reconstruction": reconstruction, "original": images}
+        write_sheet([Column(*column) for column in columns.items()], path, across=2)

@@ -5,9 +5,10 @@ runs/first/
   status.json      running, finished, stopped or failed; at which step; why; which process
   metrics.jsonl    one object a step
   evaluations.jsonl  kNN and linear probe on the way (eval.every_epochs)
+  spectra.jsonl    singular values of class tokens on the way (train.spectrum_every_epochs)
   skipped.jsonl    updates that were left out, with their samples
   quarantine.jsonl bad images
-  tensorboard/  pictures/  loss.png  checkpoints/step-XXXXXXXX/
+  tensorboard/  pictures/  loss.png  spectra.png  checkpoints/step-XXXXXXXX/
 """
 
 import json
@@ -18,7 +19,7 @@ from typing import Literal, NamedTuple
 
 from patchmill.trainer.config import PretrainConfig
 from patchmill.trainer.config_file import to_toml
-from patchmill.trainer.metrics import EVALUATIONS, read_lines
+from patchmill.trainer.metrics import EVALUATIONS, SPECTRA, read_lines
 
 STATUS = "status.json"
 
@@ -61,7 +62,7 @@ def open_run(run: Path, config: PretrainConfig, start: int) -> None:
     try:
         run.mkdir(parents=True, exist_ok=True)
         _replace(run / "config.toml", to_toml(config))
-        for name in ("metrics.jsonl", EVALUATIONS, "skipped.jsonl"):
+        for name in ("metrics.jsonl", EVALUATIONS, SPECTRA, "skipped.jsonl"):
             if (run / name).exists():
                 kept = [line for line in read_lines(run / name) if line["step"] <= start]
                 _replace(run / name, "".join(json.dumps(line) + "\n" for line in kept))

@@ -1,0 +1,115 @@
+"""patchmill look: checkpoint + shards -> a PNG of images, their features as colours, and where each head looks."""
+
+import dataclasses
+import inspect
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+import tyro
+
+from patchmill.pipeline.data_config import DataConfig
+from patchmill.pipeline.loader import build_loader
+from patchmill.pipeline.masks import MaskConfig
+from patchmill.tools import cli
+from patchmill.trainer.encoder import Encoder
+from patchmill.trainer.interop import load_encoder
+from patchmill.trainer.looking import class_attention, feature_colours
+from patchmill.trainer.model_shape import Hints
+from patchmill.trainer.sheets import Column, coloured, write_sheet
+from patchmill.trainer.world import join_world
+
+Map = Literal["features", "attention"]
+PCA_IMAGES = 64
+"""at least so many images say what the colours mean, even where fewer are drawn"""
+
+
+@dataclass(frozen=True)
+class LookConfig:
+    """Draws what an encoder makes of whole images: patch features as colours (PCA), and attention of the class token.
+
+    features: the first three principal components of patch features as red, green and blue, after taking out what all
+    images have in common at a place.
+    attention: for each head of a block how much the class token takes from each patch, each map up to its own maximum.
+
+    Example:
+        patchmill look --checkpoint runs/b16 --data.path shards/ --out look.png
+        patchmill look --checkpoint mae_pretrain_vit_base.pth --data.path shards/ --out look.png --block 9
+    """
+
+    checkpoint: str
+    """run folder (newest checkpoint), or a file or folder of any format that `patchmill import` reads"""
+    out: str
+    """the PNG to write"""
+    data: DataConfig = field(default_factory=lambda: DataConfig(crop="centre", crop_fraction=1.0, flip=False))
+    show: tuple[Map, ...] = ("features", "attention")
+    """what stands beside the images"""
+    block: int = -1
+    """whose attention, from 0; -1 is the last block"""
+    images: int = 8
+    """how many images"""
+    image_size: int | tuple[int, int] | None = None
+    """pixels, when not those of the training: a larger one gives finer maps (positions are interpolated)"""
+    seed: int = 0
+    """of the choice of images"""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    source: Hints = field(default_factory=Hints)
+
+
+def main(argv: list[str]) -> int:
+    """Runs the command."""
+    about = inspect.getdoc(LookConfig)  # given apart, since tyro leaves out the example
+    config = tyro.cli(LookConfig, prog="patchmill look", description=about, args=argv)
+    out = Path(config.out)
+    if out.suffix.lower() != ".png":
+        raise ValueError(f"--out {out} must end in .png")
+    if not config.data.path:
+        raise ValueError("no data: give --data.path DIR, a folder that `patchmill shard` wrote")
+    if config.images < 1 or not config.show:
+        raise ValueError("--images must be at least 1, and --show at least one of features, attention")
+    device = join_world(config.device).device
+    encoder = load_encoder(config.checkpoint, image_size=config.image_size, hints=config.source).to(device)
+    columns = look(encoder, config, device)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_sheet(columns, out)
+    print(f"wrote {out}: {config.images} images of {config.data.path}, {len(columns)} columns")
+    return 0
+
+
+def look(encoder: Encoder, config: LookConfig, device: torch.device) -> list[Column]:
+    """The columns of the sheet.
+
+    Raises:
+        ValueError: the data cannot be used, or the encoder has no such block.
+    """
+    c = encoder.config
+    with build_loader(
+        dataclasses.replace(config.data, last_batch="fill"),  # a dataset may be smaller than the sheet
+        image_size=c.image_size,
+        patch_size=c.patch_size,
+        channels=c.channels,
+        mask=MaskConfig(),
+        seed=config.seed,
+        global_batch=max(config.images, PCA_IMAGES),
+        device=device,
+    ) as loader:
+        many_BHWC = next(loader).images
+    images_BHWC = many_BHWC[: config.images]
+    columns = [Column("image", images_BHWC)]
+    if "features" in config.show:
+        with torch.no_grad():
+            patches_BLD = torch.cat([encoder(part).patches for part in many_BHWC.split(8)])
+        columns.append(Column("features (PCA)", feature_colours(patches_BLD, c.grid_hw)[: config.images]))
+    if "attention" in config.show:
+        maps_BHhw = torch.cat([class_attention(encoder, part, config.block) for part in images_BHWC.split(8)])
+        number = config.block % c.depth
+        for head, maps_Bhw in enumerate(maps_BHhw.unbind(1)):
+            shown = maps_Bhw / maps_Bhw.amax((1, 2), keepdim=True)
+            columns.append(Column(f"block {number}\nhead {head}", coloured(shown)))
+    return columns
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run("look", sys.argv[1:]))

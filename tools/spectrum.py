@@ -1,0 +1,117 @@
+"""patchmill spectrum: checkpoints + shards -> how many directions their features use, as numbers and as a picture."""
+
+import inspect
+import json
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from patchmill.pipeline.data_config import DataConfig
+from patchmill.tools import cli
+from patchmill.tools.whole import whole_file
+from patchmill.trainer.eval_config import Pool
+from patchmill.trainer.eval_pictures import write_spectra
+from patchmill.trainer.interop import load_encoder
+from patchmill.trainer.knn import make_table
+from patchmill.trainer.model_shape import Hints
+from patchmill.trainer.spectrum import Spectrum, take_spectrum
+from patchmill.trainer.world import World, join_world
+
+
+@dataclass(frozen=True)
+class SpectrumConfig:
+    """Compares how far the features of checkpoints spread: singular values and effective rank.
+
+    Features that use few directions have collapsed: their curve falls early and their effective rank is small. Every
+    image is seen once, whole: centre crop, no flip, no mask.
+
+    Example:
+        patchmill spectrum --checkpoints runs/mae runs/umae --data.path test/ --out spectrum.png
+    """
+
+    checkpoints: tuple[str, ...]
+    """run folders (newest checkpoint), or files or folders of any format that `patchmill import` reads"""
+    out: str
+    """the PNG to write; the numbers go beside it as .json"""
+    data: DataConfig = field(default_factory=DataConfig)
+    names: tuple[str, ...] = ()
+    """what the picture calls them; unset: as they were given"""
+    pool: Pool = "cls"
+    """feature: the class token, or the mean of the patches"""
+    crop_fraction: float = 0.875
+    """of the centre crop; 1 for images that have their size already"""
+    max_images: int = 50_000
+    """at most so many images, always the same random ones"""
+    image_size: int | tuple[int, int] | None = None
+    """pixels, when not those of the training: positions are interpolated as published"""
+    batch_size: int = 64
+    """images at a time"""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    source: Hints = field(default_factory=Hints)
+
+
+def main(argv: list[str]) -> int:
+    """Runs the command."""
+    about = inspect.getdoc(SpectrumConfig)  # given apart, since tyro leaves out the example
+    config = tyro.cli(SpectrumConfig, prog="patchmill spectrum", description=about, args=argv)
+    out, names = Path(config.out), config.names or config.checkpoints
+    if out.suffix.lower() != ".png":
+        raise ValueError(f"--out {out} must end in .png")
+    if not config.data.path:
+        raise ValueError("no data: give --data.path DIR, a folder that `patchmill shard` wrote")
+    if not config.checkpoints or len(names) != len(config.checkpoints):
+        raise ValueError(f"--checkpoints needs at least one, and --names one for each: {len(config.checkpoints)}")
+    if config.max_images < 2 or config.batch_size < 1:
+        raise ValueError("--max-images must be at least 2, and --batch-size at least 1")
+    world = join_world(config.device)
+    found = {}
+    for name, checkpoint in zip(names, config.checkpoints, strict=True):
+        with Console(stderr=True).status(f"features of {checkpoint}"):
+            found[name] = checkpoint_spectrum(config, checkpoint, world)
+    with whole_file(out.with_suffix(".json")) as path:
+        lines = [
+            {"name": name, "checkpoint": checkpoint, **found[name]._asdict()}
+            for name, checkpoint in zip(names, config.checkpoints, strict=True)
+        ]
+        path.write_text(json.dumps(lines) + "\n", encoding="utf-8")
+    token = "class token" if config.pool == "cls" else "mean of the patches"
+    write_spectra(found, out, f"Spectrum of the {token} over {next(iter(found.values())).images:,} images")
+    _print(found)
+    print(f"wrote {out} and {out.with_suffix('.json')}")
+    return 0
+
+
+def checkpoint_spectrum(config: SpectrumConfig, checkpoint: str, world: World) -> Spectrum:
+    """The spectrum of a checkpoint's features of the data, encoded in fp32.
+
+    Raises:
+        ValueError: a checkpoint or dataset that cannot be used.
+    """
+    encoder = load_encoder(checkpoint, image_size=config.image_size, hints=config.source).to(world.device)
+    features_ND = make_table(
+        encoder, config.data, config.data.path, config.crop_fraction, config.pool, world, None,
+        batch=config.batch_size, most=config.max_images,
+    ).features  # fmt: skip
+    if len(features_ND) < 2:
+        raise ValueError(f"{config.data.path} has fewer than two readable images; a spread needs more")
+    return take_spectrum(features_ND)
+
+
+def _print(found: dict[str, Spectrum]) -> None:
+    table = Table(box=None, pad_edge=False)
+    table.add_column("", overflow="fold")
+    for title in ("effective rank", "of", "largest", "median", "smallest singular value"):
+        table.add_column(title, justify="right")
+    for name, (rank, values, _) in found.items():
+        shown = [f"{value:.3g}" for value in (values[0], values[len(values) // 2], values[-1])] if values else [""] * 3
+        table.add_row(name, f"{rank:.1f}", str(len(values)), *shown)
+    Console(file=sys.stdout).print(table)
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run("spectrum", sys.argv[1:]))

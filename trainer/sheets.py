@@ -1,0 +1,104 @@
+"""columns of images -> [sheets] -> PNG: small pictures side by side, each column under its title."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+GAP = 6
+"""white pixels between pictures"""
+FONT_SIZE = 15
+INK = (40, 46, 54)
+
+
+class Column(NamedTuple):
+    """What stands below each other on a sheet."""
+
+    title: str
+    """may have several lines"""
+    images: Tensor
+    """uint8 [B, H, W, C]; one channel is drawn grey, of more than three the first three"""
+
+
+def write_sheet(columns: Sequence[Column], path: Path, *, across: int = 1, cell: int = 144) -> None:
+    """Writes a PNG with one row of pictures an image, a picture of every column, titles on top.
+
+    Args:
+        columns: as many images in each; the first decides how large a picture is. Smaller images (maps of patches) are
+            enlarged to that size without smoothing, so that what is a patch looks like one.
+        across: rows that stand side by side.
+        cell: height of a picture in pixels, about: small images are enlarged by a whole number.
+    """
+    size = _picture_size(columns[0].images, cell)
+    drawn = [[_picture(image, size) for image in column.images.cpu()] for column in columns]
+    count = len(drawn[0])
+    across = min(across, count)
+    titles = [_wrapped(column.title, size[0]) for column in columns]
+    head = round(max(_text_size(title)[1] for title in titles)) + 2 * GAP if any(titles) else GAP
+    strip = len(columns) * (size[0] + GAP) + 2 * GAP
+    rows = -(-count // across)
+    sheet = Image.new("RGB", (across * strip - GAP, head + rows * (size[1] + GAP)), "white")
+    pen = ImageDraw.Draw(sheet)
+    for place in range(across):
+        for k, title in enumerate(titles):
+            middle = place * strip + GAP + k * (size[0] + GAP) + size[0] / 2
+            pen.multiline_text((middle, head - GAP), title, INK, _font(), anchor="md", align="center", spacing=2)
+    for i in range(count):
+        left, top = (i % across) * strip + GAP, head + (i // across) * (size[1] + GAP)
+        for k, pictures in enumerate(drawn):
+            sheet.paste(pictures[i], (left + k * (size[0] + GAP), top))
+    sheet.save(path, optimize=True)
+
+
+def coloured(maps_BHW: Tensor, colours: str = "viridis") -> Tensor:
+    """Numbers from 0 to 1 in the colours of a matplotlib colour map, uint8 [B, H, W, 3]."""
+    from matplotlib import colormaps
+
+    return torch.from_numpy((colormaps[colours](maps_BHW.cpu().numpy())[..., :3] * 255).round().astype(np.uint8))
+
+
+def _picture_size(images_BHWC: Tensor, cell: int) -> tuple[int, int]:
+    """Width and height of a picture: whole multiples of small images, `cell` high where they are larger."""
+    height, width = images_BHWC.shape[1:3]
+    if height > cell:
+        return round(width * cell / height), cell
+    scale = max(1, round(cell / height))
+    return width * scale, height * scale
+
+
+def _picture(image_HWC: Tensor, size: tuple[int, int]) -> Image.Image:
+    pixels = image_HWC.numpy()
+    if pixels.shape[-1] < 3:
+        pixels = np.repeat(pixels[..., :1], 3, axis=-1)
+    picture = Image.fromarray(np.ascontiguousarray(pixels[..., :3]))
+    larger = picture.height > size[1]
+    return picture.resize(size, Image.Resampling.LANCZOS if larger else Image.Resampling.NEAREST)
+
+
+def _wrapped(title: str, width: int) -> str:
+    """The title with lines no wider than a column, where its words allow it."""
+    lines: list[str] = []
+    for line in title.split("\n"):
+        words = line.split(" ")
+        lines.append(words[0])
+        for word in words[1:]:
+            longer = f"{lines[-1]} {word}"
+            if _text_size(longer)[0] <= width:
+                lines[-1] = longer
+            else:
+                lines.append(word)
+    return "\n".join(lines)
+
+
+def _text_size(text: str) -> tuple[float, float]:
+    pen = ImageDraw.Draw(Image.new("RGB", (1, 1)))
+    left, top, right, bottom = pen.multiline_textbbox((0, 0), text, _font(), spacing=2)
+    return right - left, bottom - top
+
+
+def _font() -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    return ImageFont.load_default(FONT_SIZE)
