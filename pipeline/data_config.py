@@ -1,15 +1,9 @@
 """command line -> [data_config] -> loader: everything that can be set about the data."""
 
 from dataclasses import dataclass
+from typing import Literal
 
-CHOICES = {
-    "decoder": ("auto", "cpu", "dali", "resident"),
-    "shuffle": ("auto", "global", "window", "none"),
-    "crop": ("random", "fixed", "centre"),
-    "crop_rule": ("torchvision", "tf"),
-    "interpolation": ("bicubic", "bilinear"),
-    "last_batch": ("drop", "fill"),
-}
+from patchmill.pipeline.choices import check_choices
 
 
 @dataclass(frozen=True)
@@ -48,19 +42,19 @@ class DataConfig:
     """
 
     path: str = ""
-    decoder: str = "auto"
-    shuffle: str = "auto"
+    decoder: Literal["auto", "cpu", "dali", "resident"] = "auto"
+    shuffle: Literal["auto", "global", "window", "none"] = "auto"
     window_shards: int = 8
-    crop: str = "random"
-    crop_rule: str = "torchvision"
+    crop: Literal["random", "fixed", "centre"] = "random"
+    crop_rule: Literal["torchvision", "tf"] = "torchvision"
     scale: tuple[float, float] = (0.2, 1.0)
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
     crop_fraction: float = 0.875
     flip: bool = True
     colour_jitter: float = 0.0
-    interpolation: str = "bicubic"
+    interpolation: Literal["bicubic", "bilinear"] = "bicubic"
     repeats: int = 1
-    last_batch: str = "drop"
+    last_batch: Literal["drop", "fill"] = "drop"
     workers: int = 0
     prefetch_batches: int = 2
     max_bad_fraction: float = 0.001
@@ -73,9 +67,7 @@ class DataConfig:
     allow_pipe: bool = False
 
     def __post_init__(self) -> None:
-        for name, choices in CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise ValueError(f"data.{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
+        check_choices(self, "data")
         for name in ("repeats", "prefetch_batches", "window_shards", "shuffle_buffer"):
             if getattr(self, name) < 1:
                 raise ValueError(f"data.{name} must be at least 1, got {getattr(self, name)}")

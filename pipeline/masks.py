@@ -7,13 +7,16 @@ Legend: B images, L patches, K kept, M masked (K + M = L). `ids_restore` undoes 
 """
 
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from patchmill.kernels.permute import block_mask_indices, grid_mask_indices, mask_indices
+from patchmill.pipeline.choices import check_choices
 
-KINDS = ("random", "block", "grid")
+MaskKind = Literal["random", "block", "grid"]
+KINDS: tuple[MaskKind, ...] = get_args(MaskKind)
 
 
 @dataclass(frozen=True)
@@ -25,12 +28,11 @@ class MaskConfig:
         ratio: share of patches that are masked; K = int(L * (1 - ratio)). Grid masks ignore it: theirs is about 0.75.
     """
 
-    kind: str = "random"
+    kind: MaskKind = "random"
     ratio: float = 0.75
 
     def __post_init__(self) -> None:
-        if self.kind not in KINDS:
-            raise ValueError(f"mask.kind must be one of {', '.join(KINDS)}, got {self.kind!r}")
+        check_choices(self, "mask")
         if not 0.0 <= self.ratio < 1.0:
             raise ValueError(f"mask.ratio must be in [0, 1), got {self.ratio}")
 

@@ -57,7 +57,7 @@ def test_grid_keeps_even_rows_and_columns():
 
 def test_bad_settings_are_refused():
     with pytest.raises(ValueError, match="random, block, grid"):
-        MaskConfig("blocks")
+        MaskConfig("blocks")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"mask\.ratio"):
         MaskConfig("random", 1.0)
 
