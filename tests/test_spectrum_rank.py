@@ -176,11 +176,9 @@ def test_checkpoints_are_compared(checkpoints, dataset, tmp_path, capsys):
         ("first", checkpoints[0], 40),
         ("second", checkpoints[1], 40),
     ]
-    data = DataConfig(crop="centre", flip=False)
-    assert (data.crop_fraction, len(lines[0]["singular_values"])) == (0.875, 32)
-    assert (
-        cli.run("features", ["--checkpoint", checkpoints[0], "--data.path", str(dataset), "--out", str(features)]) == 0
-    )
+    assert len(lines[0]["singular_values"]) == 32
+    options = ["--data.path", str(dataset), "--out", str(features)]
+    assert cli.run("features", ["--checkpoint", checkpoints[0], *options]) == 0
     expected = take_spectrum(load_file(features)["cls"])
     # another batch size sums in another order
     assert lines[0]["effective_rank"] == pytest.approx(expected.effective_rank, rel=1e-4)
