@@ -85,10 +85,10 @@ def pretrain(config: PretrainConfig, on_progress: Callable[[Progress], None] = l
     with (
         stop_on_signals() as stop,
         joined_world(config.device, config.train.rank_timeout_seconds) as world,
-        _open_loader(config, world) as loader,
+        open_loader(config, world) as loader,
     ):
         online = OnlineEvaluation(config.eval, config.data, world) if config.eval.every_epochs else None
-        trainee = _build(config, world)
+        trainee = build_trainee(config, world)
         start, resumed_from, damaged = _resume(config, world, trainee, loader)
         total_steps, run = config.train.steps(loader.steps_per_epoch), Path(config.out)
         if start > total_steps:
@@ -180,7 +180,8 @@ def _train(
     return step
 
 
-def _open_loader(config: PretrainConfig, world: World) -> Loader:
+def open_loader(config: PretrainConfig, world: World) -> Loader:
+    """The loader of a run, of this rank. Raises ValueError and OSError as build_loader does."""
     parts = world.size * config.train.accum_steps
     if config.train.global_batch % parts:
         raise ValueError(
@@ -202,7 +203,8 @@ def _open_loader(config: PretrainConfig, world: World) -> Loader:
     )
 
 
-def _build(config: PretrainConfig, world: World) -> Trainee:
+def build_trainee(config: PretrainConfig, world: World) -> Trainee:
+    """Model, optimizer and guard of a run as it begins, and its update."""
     train = config.train
     if train.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
