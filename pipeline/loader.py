@@ -9,10 +9,11 @@ A thread pulls batches through the stages, which are generators, and puts them i
 state is the epoch and the step of the next batch.
 """
 
+import functools
 import importlib.util
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from typing import Any, Self
 
@@ -43,15 +44,23 @@ class BatchMaker:
     def __init__(
         self,
         feeder: AnyFeeder,
-        decoder: Decoder,
+        make_decoder: Callable[[tuple[int, int]], Decoder],
         mask: MaskConfig,
-        grid_hw: tuple[int, int],
+        size_hw: tuple[int, int],
+        patch_size: int,
         device: torch.device,
         colour_jitter: float,
     ) -> None:
-        self.feeder, self.decoder, self.mask, self.grid_hw, self.device = feeder, decoder, mask, grid_hw, device
-        self.colour_jitter = colour_jitter
+        self.feeder, self.make_decoder, self.mask, self.device = feeder, make_decoder, mask, device
+        self.patch_size, self.colour_jitter = patch_size, colour_jitter
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.set_size(size_hw)
+
+    def set_size(self, size_hw: tuple[int, int]) -> None:
+        """Makes images of that height and width from the next call of `batches` on."""
+        self.size_hw = size_hw
+        self.grid_hw = size_hw[0] // self.patch_size, size_hw[1] // self.patch_size
+        self.decoder = self.make_decoder(size_hw)
 
     def batches(self, epoch: int, step: int) -> Iterator[tuple[Batch, torch.cuda.Event | None]]:
         """Batches from a step on, for ever, each with the event that says when it is ready on a GPU."""
@@ -132,6 +141,20 @@ class Loader:
         if not keep_running:
             self._stop()
         self._next = (epoch + 1, 0) if step >= self.steps_per_epoch else (epoch, step)
+
+    def set_image_size(self, size_hw: tuple[int, int]) -> None:
+        """Lets the next batches be of another size with the same width / height: same samples, windows and flips.
+
+        The threads start anew; batches that they had ready are dropped.
+
+        Raises:
+            ValueError: the patch size does not divide it, or the decoder cannot make it.
+        """
+        if size_hw == self.maker.size_hw:
+            return
+        _check_patches(*size_hw, self.maker.patch_size)
+        self._stop()
+        self.maker.set_size(size_hw)
 
     def state_dict(self) -> dict[str, Any]:
         """Epoch and step of the next batch, and what the order depends on; plain values, fit for JSON."""
@@ -217,9 +240,8 @@ def build_loader(
         rank=rank,
         world_size=world_size,
     )
-    decoder = _decoder(config, feeder, (height, width), channels, device)
-    grid_hw = (height // patch_size, width // patch_size)
-    maker = BatchMaker(feeder, decoder, mask, grid_hw, device, config.colour_jitter)
+    make_decoder = functools.partial(_decoder, config, feeder, channels, device)
+    maker = BatchMaker(feeder, make_decoder, mask, (height, width), patch_size, device, config.colour_jitter)
     loader = Loader(maker, config, fingerprint)
     loader.seek(start_epoch, start_step)
     return loader
@@ -228,8 +250,7 @@ def build_loader(
 def _check_sizes(
     height: int, width: int, patch_size: int, channels: int, global_batch: int, world_size: int, repeats: int
 ) -> None:
-    if height % patch_size or width % patch_size:
-        raise ValueError(f"image size {height} x {width} is no multiple of the patch size {patch_size}")
+    _check_patches(height, width, patch_size)
     if not 1 <= channels <= 8:
         raise ValueError(f"channels must be 1 to 8, got {channels}")
     if global_batch < 1 or global_batch % (world_size * repeats):
@@ -238,8 +259,13 @@ def _check_sizes(
         )
 
 
+def _check_patches(height: int, width: int, patch_size: int) -> None:
+    if height % patch_size or width % patch_size:
+        raise ValueError(f"image size {height} x {width} is no multiple of the patch size {patch_size}")
+
+
 def _decoder(
-    config: DataConfig, feeder: AnyFeeder, size_hw: tuple[int, int], channels: int, device: torch.device
+    config: DataConfig, feeder: AnyFeeder, channels: int, device: torch.device, size_hw: tuple[int, int]
 ) -> Decoder:
     workers = config.workers or len(os.sched_getaffinity(0))
     name = config.decoder

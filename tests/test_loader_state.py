@@ -18,10 +18,10 @@ def dataset(tmp_path_factory):
     return make_dataset(tmp_path_factory.mktemp("photos"), count=SAMPLES, sides=(40, 90))
 
 
-def open_loader(path, *, rank=0, world=1, batch=BATCH, seed=3, start=(0, 0), decoder="cpu", **options):
+def open_loader(path, *, rank=0, world=1, batch=BATCH, seed=3, start=(0, 0), decoder="cpu", size=32, **options):
     return build_loader(
         DataConfig(path=str(path), decoder=decoder, workers=2, **options),
-        image_size=32,
+        image_size=size,
         patch_size=8,
         channels=3,
         mask=MaskConfig(),
@@ -209,3 +209,21 @@ def test_missing_data_names_the_remedy(tmp_path):
             DataConfig(path=str(tmp_path)),
             image_size=30, patch_size=16, channels=3, mask=MaskConfig(), seed=0, global_batch=1,
         )  # fmt: skip
+
+
+@pytest.mark.parametrize("decoder", ["cpu", "dali"])
+def test_another_size_on_the_way_keeps_samples_and_draws(dataset, decoder):
+    """The batches after a change are those of a loader that had the size from the beginning."""
+    options = {"decoder": decoder, "prefetch_batches": 3}
+    with open_loader(dataset, size=(64, 64), **options) as large:
+        expected = take(large, 6)
+    with open_loader(dataset, **options) as loader:
+        take(loader, 3)
+        loader.set_image_size((64, 64))
+        assert take(loader, 2) == expected[3:5]
+        loader.set_image_size((32, 32))
+        loader.set_image_size((64, 64))
+        assert loader.state_dict()["step"] == 1
+        assert take(loader, 1) == expected[5:]
+        with pytest.raises(ValueError, match="60 x 60 is no multiple of the patch size 8"):
+            loader.set_image_size((60, 60))
