@@ -1,0 +1,205 @@
+"""The training step against the published one on a GPU: `python -m benchmarks.bench_step_gpu --model b16 --batch 512`.
+
+Variants (steps.py) of one kind take turns: eager ones, then compiled ones, then, each alone because a graph keeps its
+memory, those captured as one CUDA graph. The page is written anew after every kind, so that a run that is cut short
+leaves what it has. Then the largest batches, and where the time goes by kind of work and by kernel (kernel_profile.py).
+
+MFU counts the FLOPs of the published formulation over the data sheet's dense bf16 peak, whatever was skipped.
+"""
+
+import argparse
+import gc
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from benchmarks.kernel_profile import Profile, profile_lines, profile_step
+from benchmarks.pages import markdown_table, write_page
+from benchmarks.steps import MASK, RECIPES, Compiled, Step, ours, published, random_images
+from patchmill.tools import machine, timing
+from patchmill.trainer.config import ModelConfig
+from patchmill.trainer.metrics import device_peak, peak_memory_gb, train_flops_per_image
+from patchmill.trainer.recipes import get_recipe
+
+WARM_STEPS = 3
+RIVALS = ("published explicit", "published sdpa", "published compiled", "published compiled, graph")
+ATTENTION = {
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+}
+Builders = dict[str, Callable[[], Step]]
+
+
+class Results:
+    """What has been measured so far, and the page that shows it."""
+
+    def __init__(self, options: argparse.Namespace, config: ModelConfig, device: torch.device) -> None:
+        self.options, self.device = options, device
+        self.flops, self.peak = train_flops_per_image(config, MASK), device_peak(device)
+        self.seconds: dict[str, list[float]] = {}
+        self.memory: dict[str, float] = {}
+        self.sweep: dict[str, dict[int, float]] = {}
+        self.profiles: dict[str, Profile] = {}
+        self.failures: dict[str, str] = {}
+
+    def write(self) -> str:
+        """Writes the page and its JSON; returns the page."""
+        options, medians = self.options, {name: statistics.median(each) for name, each in self.seconds.items()}
+        rivals = [name for name in RIVALS if name in medians]
+        rows = []
+        for name, median in medians.items():
+            rate = options.batch / median
+            spread = f"{min(self.seconds[name]) * 1e3:.2f} to {max(self.seconds[name]) * 1e3:.2f}"
+            ratios = [f"{medians[rival] / median:.2f}" for rival in rivals]
+            rows.append(
+                [name, f"{median * 1e3:.2f}", spread, f"{rate:.0f}", self._mfu(rate), *self._memory(name), *ratios]
+            )
+        header = ["variant", "ms a step", "range", "images/s", "MFU", "peak GiB", *(f"over {name}" for name in rivals)]
+        lines = markdown_table(header, rows)
+        lines += [f"- {name}: {why}" for name, why in self.failures.items()]
+        for name, rates in self.sweep.items():
+            cells = [[batch, f"{rate:.0f}", self._mfu(rate)] for batch, rate in rates.items()]
+            lines += ["", f"Batches of `{name}`:", "", *markdown_table(["batch", "images/s", "MFU"], cells)]
+        for name, found in self.profiles.items():
+            lines += ["", *profile_lines(name, found, medians[name])]
+        facts = {
+            "command": f"python -m benchmarks.bench_step_gpu {' '.join(options.line)}",
+            **timing.environment(str(self.device)),
+            "sizes": f"{RECIPES[options.model]}, batch {options.batch}, 75 % masked, bf16 autocast",
+            "compiled": {"model": "as one graph", "blocks": "block by block"}[options.compiled],
+        }
+        data = {
+            "options": {key: value for key, value in vars(options).items() if key != "line"},
+            "flops_per_image": self.flops,
+            "seconds": self.seconds,
+            "memory_gib": self.memory,
+            "images_per_s_by_batch": self.sweep,
+            "profiles": {name: found.plain() for name, found in self.profiles.items()},
+            "failures": self.failures,
+        }
+        name = f"step_{options.model}_{self.device.type}_{machine.today()}"
+        return write_page(name, f"Training step, {RECIPES[options.model]}, batch {options.batch}", facts, lines, data)
+
+    def _mfu(self, rate: float) -> str:
+        return f"{rate * self.flops / self.peak:.1%}" if self.peak else "-"
+
+    def _memory(self, name: str) -> list[str]:
+        return [f"{self.memory[name]:.1f}"]
+
+
+def groups(
+    config: ModelConfig, images: torch.Tensor, compiled: Compiled, device: torch.device
+) -> list[tuple[Builders, bool]]:
+    """Variants that are measured in turn, and whether they are profiled."""
+    both = {
+        "published compiled": lambda: published(config, images, "sdpa", compiled),
+        "patchmill compiled": lambda: ours(config, images, compiled),
+    }
+    eager = {
+        "published explicit": lambda: published(config, images, "explicit"),
+        "published sdpa": lambda: published(config, images, "sdpa"),
+        "patchmill": lambda: ours(config, images),
+    }
+    if device.type == "cpu":
+        return [(eager, False), (both, False)]
+    graphs: list[Builders] = [
+        {"patchmill compiled, graph": lambda: ours(config, images, compiled, graphed=True)},
+        {"published compiled, graph": lambda: published(config, images, "sdpa", compiled, graphed=True)},
+        {"patchmill, graph": lambda: ours(config, images, graphed=True)},
+    ]
+    return [(eager, True), (both, True), *((graph, False) for graph in graphs)]
+
+
+def measure(builders: Builders, profiled: bool, results: Results, config: ModelConfig) -> None:
+    """Builds a group, lets it take turns, profiles ours, and lets go of it."""
+    options, device = results.options, results.device
+    steps: dict[str, Step] = {}
+    for name, build in builders.items():
+        try:
+            steps[name], results.memory[name] = warmed(build, device)
+        except torch.OutOfMemoryError as error:
+            results.failures[name] = f"out of memory ({str(error).splitlines()[0]})"
+    for number in range(options.rounds):
+        for name in list(steps)[:: 1 if number % 2 else -1]:
+            results.seconds.setdefault(name, []).append(turn(steps[name], options.steps, device))
+    for name in (name for name in steps if profiled and name.startswith("patchmill")):
+        results.profiles[name] = profile_step(steps[name], config)
+
+
+def warmed(build: Callable[[], Step], device: torch.device) -> tuple[Step, float]:
+    """A variant that is ready to be timed, and the most memory that it held (GiB)."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+    step = build()
+    for _ in range(WARM_STEPS):
+        step()
+    return step, peak_memory_gb(device) - before / 2**30
+
+
+def turn(step: Step, count: int, device: torch.device) -> float:
+    """Seconds of one step, of `count` in a row."""
+    timing.wait_for(device)
+    start = time.perf_counter()
+    for _ in range(count):
+        step()
+    timing.wait_for(device)
+    return (time.perf_counter() - start) / count
+
+
+def sweep(batches: Sequence[int], results: Results, config: ModelConfig) -> None:
+    """Images/s of our step by batch, compiled block by block (a new batch compiles anew) and launched from Python."""
+    options, device = results.options, results.device
+    rates = results.sweep.setdefault("patchmill, blocks compiled", {})
+    for batch in batches:
+        torch.compiler.reset()  # one function may be compiled for so many shapes only
+        images = random_images(config, batch, device)
+        try:
+            step, _ = warmed(lambda images=images: ours(config, images, "blocks"), device)  # type: ignore[misc]
+            rates[batch] = batch / statistics.median(turn(step, options.steps, device) for _ in range(3))
+        except torch.OutOfMemoryError as error:
+            results.failures[f"batch {batch}"] = f"out of memory ({str(error).splitlines()[0]})"
+            return
+        results.write()
+
+
+def main(argv: list[str]) -> int:
+    """Runs the benchmark and writes Markdown and JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=RECIPES, default="b16")
+    parser.add_argument("--batch", type=int, default=512)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=10, help="steps a variant's turn")
+    parser.add_argument("--compiled", choices=("model", "blocks"), default="model", help="blocks compile much faster")
+    parser.add_argument("--attention", choices=ATTENTION, help="one backend of SDPA instead of PyTorch's choice")
+    parser.add_argument("--sweep", type=int, nargs="*", default=[], help="other batches of ours")
+    parser.add_argument("--only", choices=("eager", "compiled"), help="no other kind, and no graphs")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    options = parser.parse_args(argv)
+    options.line = argv
+    device = torch.device(options.device)
+    config = get_recipe(RECIPES[options.model]).model
+    results = Results(options, config, device)
+    images = random_images(config, options.batch, device)
+    chosen = groups(config, images, options.compiled, device)
+    if options.only:
+        chosen = chosen[:1] if options.only == "eager" else chosen[1:2]
+    with sdpa_kernel([ATTENTION[options.attention]] if options.attention else [*ATTENTION.values(), SDPBackend.MATH]):
+        for builders, profiled in chosen:
+            measure(builders, profiled, results, config)
+            print(results.write(), flush=True)
+        if options.sweep:
+            sweep(options.sweep, results, config)
+            print(results.write())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,113 @@
+"""images -> [steps] -> one training step, written in each of the ways that are compared.
+
+The published step is the published formulation (published_mae.py) with torch's default AdamW and bf16 autocast. Ours
+draws its masks anew in every step, as the loader does. Either may be compiled as a whole or block by block, and
+captured as one CUDA graph.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Literal, cast
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.published_mae import PublishedMAE
+from patchmill.pipeline.batch import Batch
+from patchmill.pipeline.masks import MaskConfig, MaskPlan
+from patchmill.trainer.config import ModelConfig
+from patchmill.trainer.cuda_graph import EAGER_STEPS, GraphedUpdate
+from patchmill.trainer.mae import MaskedAutoencoder
+from patchmill.trainer.optim import build_optimizer, parameter_groups
+from patchmill.trainer.recipes import get_recipe
+from patchmill.trainer.step import Guard, StepValues, set_learning_rate, update
+from patchmill.trainer.world import World
+
+RECIPES = {"b16": "mae-vit-b16", "l16": "mae-vit-l16", "h14": "mae-vit-h14", "tiny": "mae-tiny"}
+MASK = MaskConfig()
+LEARNING_RATE = 1e-4
+Step = Callable[[], object]
+Compiled = Literal["no", "model", "blocks"]
+
+
+def random_images(config: ModelConfig, batch: int, device: torch.device) -> Tensor:
+    """uint8 [B, H, W, C], always the same."""
+    generator = torch.Generator(device).manual_seed(0)
+    shape = (batch, *config.image_hw, config.channels)
+    return torch.randint(0, 256, shape, dtype=torch.uint8, device=device, generator=generator)
+
+
+def published(
+    config: ModelConfig, images: Tensor, attention: str, compiled: Compiled = "no", graphed: bool = False
+) -> Step:
+    """The published step on these images, noise drawn anew each time; attention is `explicit` or `sdpa`."""
+    torch.manual_seed(0)
+    model = PublishedMAE(config, attention).to(images.device)
+    groups = parameter_groups(model, weight_decay=0.05)
+    optimizer = torch.optim.AdamW(groups, lr=LEARNING_RATE, betas=(0.9, 0.95), capturable=graphed)
+    forward = compile_model(model, compiled)
+
+    def step() -> None:
+        noise = torch.rand(len(images), config.num_patches, device=images.device)
+        with torch.autocast(images.device.type, dtype=torch.bfloat16):
+            loss = forward(images, noise, MASK.ratio)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    return capture(step) if graphed else step
+
+
+def ours(config: ModelConfig, images: Tensor, compiled: Compiled = "no", graphed: bool = False) -> Step:
+    """Patchmill's step on these images, masks drawn anew each time."""
+    torch.manual_seed(0)
+    model = MaskedAutoencoder(config).to(images.device)
+    call = our_update(model, images.device, compiled, graphed)
+    ids_B = torch.arange(len(images), device=images.device)
+    epochs = iter(range(1 << 30))
+
+    def step() -> None:
+        epoch = next(epochs)
+        plan = MaskPlan.draw(MASK, seed=0, epoch=epoch, sample_ids_B=ids_B, grid_hw=config.grid_hw)
+        call(Batch(images, plan, ids_B, ids_B, epoch, 0))
+
+    return step
+
+
+def our_update(
+    model: MaskedAutoencoder, device: torch.device, compiled: Compiled, graphed: bool
+) -> Callable[[Batch], StepValues]:
+    """Patchmill's update of a model in bf16, at a fixed learning rate."""
+    optimizer = build_optimizer(model, get_recipe("mae-vit-b16").optim)
+    set_learning_rate(optimizer, LEARNING_RATE)
+    call = functools.partial(
+        update,
+        compile_model(model, compiled),
+        optimizer,
+        world=World(0, 1, device),
+        guard=Guard(device),
+        autocast=torch.bfloat16,
+    )
+    return GraphedUpdate(call, cast(torch.optim.AdamW, optimizer)) if graphed else call
+
+
+def compile_model(model: PublishedMAE | MaskedAutoencoder, how: Compiled) -> nn.Module:
+    """The model as it is, compiled as one graph, or with its blocks compiled: one graph for each shape of block."""
+    if how == "blocks":
+        for block in (*model.blocks, *model.decoder_blocks):
+            block.compile(fullgraph=True, dynamic=False)
+    return cast(nn.Module, torch.compile(model, fullgraph=True)) if how == "model" else model
+
+
+def capture(step: Step) -> Step:
+    """A step captured as a CUDA graph after a few eager ones."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(EAGER_STEPS):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        step()
+    return graph.replay
