@@ -53,13 +53,19 @@ def test_one_command_each_and_one_table(setup, capsys):
         right = sum(matrix["matrix"][i][i] for i in range(6))
         assert results["top1"] == right / 21
     assert (setup / "encoder-partial" / "sweep.png").is_file()
-    tests = ["--tests", setup / "test" / "dataset", "--out", setup / "robust.json", "--crop-fraction", 1.0]
+    (setup / "other").symlink_to(setup / "train" / "dataset")
+    tests = ["--tests", setup / "test" / "dataset", setup / "other", "--crop-fraction", 1.0]
     assert cli.run("evaluate", [str(o) for o in ["--classifier", setup / "encoder-probe", *tests]]) == 0
-    again = json.loads((setup / "robust.json").read_text())["tests"][0]["top1"]
-    assert again == json.loads((setup / "encoder-probe" / "results.json").read_text())["top1"]
+    first, again = (
+        json.loads((setup / "encoder-probe" / part / "results.json").read_text()) for part in (".", "on-dataset")
+    )
+    for name in ("protocol", "seed", "start", "checkpoint", "top1"):
+        assert again[name] == first[name], name
+    assert (setup / "encoder-probe" / "on-other" / "confusion.png").is_file()
     assert cli.run("results", [str(setup), "--figure", str(setup / "figure.png")]) == 0
     table = capsys.readouterr().out
-    assert "| top-1 (%) | knn | probe | partial-0 | partial-2 |" in table
+    for column in ("knn on dataset", "probe on dataset (probe)", "probe on other", "partial-2 on dataset"):
+        assert f"| {column} |" in table
     assert "| encoder, random weights |" in table
     assert (setup / "figure.png").is_file()
 

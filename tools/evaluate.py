@@ -4,7 +4,7 @@ import json
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import tyro
 from rich.console import Console
@@ -14,9 +14,12 @@ from patchmill.pipeline.data_config import DataConfig
 from patchmill.tools import cli
 from patchmill.tools.eval_cli import is_first
 from patchmill.trainer.eval_config import TestConfig
-from patchmill.trainer.eval_report import per_class
+from patchmill.trainer.eval_report import RESULTS, per_class, write_scores
 from patchmill.trainer.evaluate import Tested, evaluate_classifier
 from patchmill.trainer.world import joined_world
+
+ORIGIN_UNKNOWN = {"protocol": "classifier", "start": "scratch", "seed": 0}
+"""of a classifier.safetensors without its results.json"""
 
 
 @dataclass(frozen=True)
@@ -26,7 +29,7 @@ class EvaluateConfig:
     Classes are matched by name, and only those of the test set compete; other names need a class map.
 
     Example:
-        patchmill evaluate --classifier runs/b16/finetune --tests imagenet-a/ imagenet-r/ --out robustness.json
+        patchmill evaluate --classifier runs/b16/finetune --tests imagenet-a/ imagenet-r/
         patchmill evaluate --classifier runs/b16/finetune --tests objects/ --class-map objects.json
     """
 
@@ -37,7 +40,7 @@ class EvaluateConfig:
     class_map: str = ""
     """JSON file: class name there -> class name (or list of names) that the classifier knows"""
     out: str = ""
-    """JSON file for the results; unset: they are only printed"""
+    """folder that gets on-NAME/results.json, confusion.json and .png for each dataset; unset: the classifier's"""
     crop_fraction: float = 0.875
     """centre crop's share of the shorter side"""
     batch: int = 256
@@ -56,9 +59,30 @@ def main(argv: list[str]) -> int:
         found = evaluate_classifier(Path(config.classifier), config.data, tests, config.precision, world)
     if is_first():
         _print(found)
-        if config.out:
-            _write(Path(config.out), config.classifier, found)
+        classifier = Path(config.classifier)
+        run = classifier if classifier.is_dir() else classifier.parent
+        for each in found:
+            folder = Path(config.out or run) / f"on-{Path(each.path).name}"
+            folder.mkdir(parents=True, exist_ok=True)
+            write_scores(folder, _results(run, classifier, each), each.scores, each.classes)
+            print(f"wrote {folder / RESULTS}")
     return 0
+
+
+def _results(run: Path, classifier: Path, tested: Tested) -> dict[str, Any]:
+    """What results.json says: the classifier's own (protocol, seed, origin) with the scores of these data."""
+    own = run / RESULTS
+    about = json.loads(own.read_text(encoding="utf-8")) if own.is_file() else ORIGIN_UNKNOWN
+    kept = {name: about[name] for name in ("protocol", "start", "checkpoint", "pretrained", "seed") if name in about}
+    return {
+        **kept,
+        "classifier": str(classifier),
+        "test": tested.path,
+        "classes": len(tested.classes),
+        **tested.scores.plain(),
+        "unseen": tested.unseen,
+        "per_class": per_class(tested.scores, tested.classes),
+    }
 
 
 def _print(found: list[Tested]) -> None:
@@ -70,15 +94,6 @@ def _print(found: list[Tested]) -> None:
         mean1, mean5 = (sum(getattr(e.scores, name) for e in found) / len(found) for name in ("top1", "top5"))
         table.add_row("mean", f"{mean1:.2%}", f"{mean5:.2%}", "", "")
     Console(file=sys.stdout).print(table)
-
-
-def _write(path: Path, classifier: str, found: list[Tested]) -> None:
-    rows = [
-        {"test": e.path, **e.scores.plain(), "unseen": e.unseen, "per_class": per_class(e.scores, e.classes)}
-        for e in found
-    ]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"classifier": classifier, "tests": rows}, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

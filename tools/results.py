@@ -44,7 +44,9 @@ def main(argv: list[str]) -> int:
     config = tyro.cli(ResultsConfig, prog="patchmill results", args=argv)
     table = gather(Path(config.folder))
     if not table:
-        raise ValueError(f"no {RESULTS} below {config.folder}; `patchmill knn`, `probe` and `finetune` write them")
+        raise ValueError(
+            f"no {RESULTS} below {config.folder}; `patchmill knn`, `probe`, `finetune` and `evaluate` write them"
+        )
     text = to_markdown(table)
     if config.out:
         Path(config.out).write_text(text, encoding="utf-8")
@@ -79,12 +81,15 @@ def gather(folder: Path) -> dict[str, dict[str, list[float]]]:
         ValueError: a file that is none of ours.
     """
     everything = [_read(path) for path in sorted(folder.rglob(RESULTS))]
-    several = len({found.test for found in everything}) > 1
+    tests = {found.test for found in everything}
+    names = {test: Path(test).name for test in tests}
+    if len(set(names.values())) < len(tests):
+        names = {test: test for test in tests}
     cells = Counter((found.row, found.protocol, found.test, found.seeds) for found in everything)
     twice = {(row, protocol, test) for (row, protocol, test, _), count in cells.items() if count > 1}
     table: dict[str, dict[str, list[float]]] = {}
     for found in everything:
-        column = f"{found.protocol} on {found.test}" if several else found.protocol
+        column = f"{found.protocol} on {names[found.test]}" if len(tests) > 1 else found.protocol
         if (found.row, found.protocol, found.test) in twice:
             column += f" ({found.folder})"
         table.setdefault(found.row, {}).setdefault(column, []).append(found.top1)
