@@ -49,7 +49,7 @@ def _plain(value: Any) -> Any:
 def _tuples(value: Any) -> Any:
     if isinstance(value, dict):
         return {name: _tuples(item) for name, item in value.items()}
-    return tuple(value) if isinstance(value, list) else value
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
 
 
 def _unset(cls: type, table: dict[str, Any]) -> dict[str, Any]:

@@ -31,6 +31,8 @@ class GraphedUpdate:
 
     def __call__(self, batch: Batch) -> StepValues:
         """One update; its values belong to the caller."""
+        if self.graph is not None and batch.images.shape != self.inputs.images.shape:
+            self.graph, self.eager_steps_left = None, EAGER_STEPS  # a run of growing sizes goes over to another
         if self.eager_steps_left:
             self.eager_steps_left -= 1
             self.stream.wait_stream(torch.cuda.current_stream())

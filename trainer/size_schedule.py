@@ -42,7 +42,7 @@ def first_steps(schedule: Schedule, steps_per_epoch: int, total_steps: int) -> l
     """
     epochs = total_steps / steps_per_epoch
     starts = [round(share * epochs) * steps_per_epoch for share, _ in schedule]
-    for (share, size), start, end in zip(schedule, starts, [*starts[1:], total_steps], strict=True):
+    for (share, size), start, end in zip(schedule, starts, (*starts[1:], total_steps), strict=False):
         if start >= end:
             raise ValueError(
                 f"train.size_schedule: {size} px from {share:g} of the run on would hold for no epoch of {epochs:g}; "
