@@ -122,6 +122,30 @@ def block_mask_indices(
     return split_order(order_BL, num_keep)
 
 
+def square_mask_indices(
+    seed: int,
+    epoch: int,
+    sample_ids_B: Tensor,
+    grid_hw: tuple[int, int],
+    side: int,
+    repeats_B: Tensor | None = None,
+) -> MaskIndices:
+    """Mask one square of side x side patches at a random place, every place equally likely (SimMIM, section 3.2).
+
+    Kept and masked patches stand row by row. Arguments and results as mask_indices, with K = L - side ** 2.
+    """
+    rows, columns = grid_hw
+    num_keep = rows * columns - side**2
+    _check_samples(sample_ids_B, repeats_B, rows * columns, num_keep)
+    blocks = BLOCK_STREAM_OFFSET + torch.arange(1, device=sample_ids_B.device)
+    draws_B4 = reference.mask_words(sample_ids_B, repeats_B, seed_key(seed), epoch, blocks)[:, 0]
+    top_B1, left_B1 = _below(draws_B4[:, 2:3], rows - side + 1), _below(draws_B4[:, 3:], columns - side + 1)
+    ids_L = torch.arange(rows * columns, device=sample_ids_B.device)
+    row_L, column_L = ids_L // columns, ids_L % columns
+    is_masked_BL = (row_L >= top_B1) & (row_L < top_B1 + side) & (column_L >= left_B1) & (column_L < left_B1 + side)
+    return split_order(is_masked_BL.to(torch.int8).argsort(dim=1, stable=True), num_keep)
+
+
 def grid_mask_indices(sample_ids_B: Tensor, grid_hw: tuple[int, int]) -> MaskIndices:
     """Keep the patches on even rows and even columns, in order; the same for every image.
 

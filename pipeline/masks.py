@@ -6,16 +6,18 @@ Legend: B images, L patches, K kept, M masked (K + M = L). `ids_restore` undoes 
     patch 0 stands at place 1 of [2, 0, 3, 1], patch 1 at place 3, patch 2 at place 0, patch 3 at place 2.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-from patchmill.kernels.permute import block_mask_indices, grid_mask_indices, mask_indices
+from patchmill.kernels.permute import block_mask_indices, grid_mask_indices, mask_indices, square_mask_indices
+from patchmill.kernels.reference import MaskIndices
 from patchmill.pipeline.choices import check_choices
 
-MaskKind = Literal["random", "block", "grid"]
+MaskKind = Literal["random", "block", "grid", "square"]
 KINDS: tuple[MaskKind, ...] = get_args(MaskKind)
 
 
@@ -24,17 +26,49 @@ class MaskConfig:
     """How patches are masked.
 
     Attributes:
-        kind: "random" (the paper's default), "block" (one or more rectangles, as BEiT) or "grid" (keeps one of four).
+        kind: "random" (the paper's default), "block" (one or more rectangles, as BEiT), "grid" (keeps one of four) or
+            "square" (one square at a random place, as SimMIM's).
         ratio: share of patches that are masked; K = int(L * (1 - ratio)). Grid masks ignore it: theirs is about 0.75.
+            The side of a square is the whole number nearest to it.
+        cell: patches on a side of the squares that are masked or kept as one, whatever the kind (SimMIM masks 32 px at
+            a time: 2 patches of 16). L above is then the number of cells.
     """
 
     kind: MaskKind = "random"
     ratio: float = 0.75
+    cell: int = 1
 
     def __post_init__(self) -> None:
         check_choices(self, "mask")
         if not 0.0 <= self.ratio < 1.0:
             raise ValueError(f"mask.ratio must be in [0, 1), got {self.ratio}")
+        if self.cell < 1:
+            raise ValueError(f"mask.cell must be at least 1, got {self.cell}")
+
+    def cells(self, grid_hw: tuple[int, int]) -> tuple[int, int]:
+        """Cells down and across. Raises ValueError where they do not fill the grid of patches."""
+        rows, columns = grid_hw
+        if rows % self.cell or columns % self.cell:
+            raise ValueError(
+                f"mask.cell {self.cell} does not divide the grid of {rows} x {columns} patches; take a divisor of both"
+            )
+        return rows // self.cell, columns // self.cell
+
+    def square_side(self, grid_hw: tuple[int, int]) -> int:
+        """Of square masks: cells on a side."""
+        rows, columns = self.cells(grid_hw)
+        return min(round(math.sqrt(self.ratio * rows * columns)), rows, columns)
+
+    def kept(self, grid_hw: tuple[int, int]) -> int:
+        """K: patches that are kept of an image with that grid. Raises ValueError as `cells`."""
+        rows, columns = self.cells(grid_hw)
+        if self.kind == "grid":
+            kept = -(-rows // 2) * -(-columns // 2)
+        elif self.kind == "square":
+            kept = rows * columns - self.square_side(grid_hw) ** 2
+        else:
+            kept = kept_patches(rows * columns, self.ratio)
+        return kept * self.cell**2
 
 
 @dataclass(frozen=True)
@@ -87,19 +121,43 @@ class MaskPlan:
             grid_hw: patches in a column and in a row; L is their product.
             repeats_B: int64 `[B]`, number of the repeat, for repeated augmentation; None is all zeros.
         """
-        num_patches = grid_hw[0] * grid_hw[1]
-        num_keep = kept_patches(num_patches, config.ratio)
+        cells_hw = config.cells(grid_hw)
+        num_cells = cells_hw[0] * cells_hw[1]
+        num_keep = kept_patches(num_cells, config.ratio)
         if config.kind == "grid":
-            return cls(*grid_mask_indices(sample_ids_B, grid_hw))
-        if config.kind == "block":
-            return cls(*block_mask_indices(seed, epoch, sample_ids_B, grid_hw, num_keep, repeats_B))
-        return cls(*mask_indices(seed, epoch, sample_ids_B, num_patches, num_keep, repeats_B))
+            ids = grid_mask_indices(sample_ids_B, cells_hw)
+        elif config.kind == "block":
+            ids = block_mask_indices(seed, epoch, sample_ids_B, cells_hw, num_keep, repeats_B)
+        elif config.kind == "square":
+            side = config.square_side(grid_hw)
+            ids = square_mask_indices(seed, epoch, sample_ids_B, cells_hw, side, repeats_B)
+        else:
+            ids = mask_indices(seed, epoch, sample_ids_B, num_cells, num_keep, repeats_B)
+        return cls(*(ids if config.cell == 1 else _patches_of(ids, cells_hw, config.cell)))
 
     def to(self, device: torch.device | str) -> "MaskPlan":
         """The same plan on another device."""
         return MaskPlan(
             *(ids.to(device, non_blocking=True) for ids in (self.ids_keep, self.ids_mask, self.ids_restore))
         )
+
+
+def _patches_of(ids: MaskIndices, cells_hw: tuple[int, int], cell: int) -> MaskIndices:
+    """Indices of cells -> indices of their patches; a cell's patches stand together, row by row.
+
+    Example: one row of two cells of 2 x 2 patches, [0 1 | 2 3 / 4 5 | 6 7]; keeping cell 1 keeps patches 2, 3, 6, 7.
+    """
+    rows, columns = cells_hw
+    inner = torch.arange(cell, dtype=torch.int32, device=ids[0].device)
+    place_11 = inner[:, None] * cell + inner  # of a patch within its cell
+
+    def patches(cells_BN: Tensor) -> Tensor:
+        top_BN1, left_BN1 = cells_BN[..., None] // columns * cell, cells_BN[..., None] % columns * cell
+        return ((top_BN1 + inner)[..., None] * (columns * cell) + (left_BN1 + inner)[..., None, :]).flatten(1)
+
+    keep_BK, mask_BM, restore_BL = ids
+    restore = restore_BL.view(-1, rows, 1, columns, 1) * cell**2 + place_11[:, None]
+    return patches(keep_BK), patches(mask_BM), restore.flatten(1)
 
 
 def kept_patches(num_patches: int, mask_ratio: float) -> int:

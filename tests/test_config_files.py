@@ -64,7 +64,7 @@ def test_recipes_are_the_published_ones(recipe, embed_dim, depth, heads, patch, 
     optim = config.optim
     assert (optim.blr, optim.betas, optim.weight_decay, optim.warmup_epochs) == (1.5e-4, (0.9, 0.95), 0.05, 40)
     assert (config.train.global_batch, config.train.total_epochs) == (4096, 800)
-    assert train_flops_per_image(model, config.mask.ratio) / 1e9 == pytest.approx(gflops, rel=5e-3)
+    assert train_flops_per_image(model, config.mask) / 1e9 == pytest.approx(gflops, rel=5e-3)
 
 
 @pytest.mark.parametrize(

@@ -304,7 +304,8 @@ def parse_model_config(text: str, where: Path) -> ModelConfig:
 def _check_size(config: ModelConfig, path: Path) -> None:
     """Refuses a header that claims a larger model than the file holds, before memory is taken for it."""
     c = config
-    stacks = ((c.embed_dim, c.depth), (c.decoder_embed_dim, c.decoder_depth))
+    decoder_depth = 0 if c.kind == "simmim" else c.decoder_depth
+    stacks = ((c.embed_dim, c.depth), (c.decoder_embed_dim, decoder_depth))
     values = sum(d * (c.patch_dim + c.num_patches + depth * d * (4 + 2 * c.mlp_ratio)) for d, depth in stacks)
     if not 0 < values <= path.stat().st_size:  # a value takes more than a byte
         raise ValueError(f"the header of {path} claims a larger model than the file holds; take another checkpoint")

@@ -7,14 +7,15 @@ Names carry their unit (`_steps`, `_epochs`); an unset option is an absent key.
 from dataclasses import dataclass, field
 from typing import Literal
 
+from patchmill.pipeline.choices import check_choices
 from patchmill.pipeline.data_config import DataConfig
 from patchmill.pipeline.masks import MaskConfig
 from patchmill.trainer.online_config import OnlineEvalConfig
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-MODEL_CHOICES = {"uniformity_form": ("as-published", "global-gradient")}
-"""what a checkpoint's header may say, which no type checker sees"""
+DVAE_VOCABULARY, PCA_COEFFICIENTS = 8192, 96
+"""of DALL-E's encoder; and of the published PCA target (He et al. 2021, Table 1d)"""
 
 
 @dataclass(frozen=True)
@@ -47,12 +48,21 @@ class ModelConfig:
     """per channel, in 0..1 units, subtracted from the images"""
     std: tuple[float, ...] = IMAGENET_STD
     """per channel, in 0..1 units, divides the images"""
+    kind: Literal["mae", "simmim", "crossmae"] = "mae"
+    """mae; simmim: mask tokens in the encoder, one layer for a decoder, L1; crossmae: a decoder of cross-attention"""
+    encoder_mask_tokens: bool = False
+    """mae with mask tokens in the encoder (Table 1c: worse, and three times the work)"""
+    target: Literal["pixels", "pca", "kmeans", "dvae"] = "pixels"
+    """what is predicted (Table 1d): pixels, PCA coefficients, or tokens of k-means or of DALL-E's dVAE"""
+    target_width: int = 0
+    """PCA coefficients or k-means codes; 0: 96 coefficients, 8192 codes"""
     uniformity_weight: float = 0.0
     """weight of U-MAE's uniformity term on the class tokens (0.01 as published); 0: none"""
     uniformity_form: Literal["as-published", "global-gradient"] = "as-published"
     """as-published: the term's gradient is that of the whole batch over the ranks, of class tokens normed twice"""
 
     def __post_init__(self) -> None:
+        check_choices(self, "model")
         height, width = self.image_hw
         for name in ("patch_size", "embed_dim", "depth", "num_heads", "decoder_embed_dim", "decoder_depth"):
             if getattr(self, name) < 1:
@@ -75,11 +85,27 @@ class ModelConfig:
             )
         if min(self.std) <= 0:
             raise ValueError(f"model.std {self.std} must be positive")
+        self._check_method()
         if self.uniformity_weight < 0:
             raise ValueError(f"model.uniformity_weight is {self.uniformity_weight}; it must not be negative")
-        for name, choices in MODEL_CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise ValueError(f"model.{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
+
+    def _check_method(self) -> None:
+        if self.encoder_mask_tokens and self.kind != "mae":
+            raise ValueError(
+                f"model.encoder_mask_tokens is for model.kind mae, not {self.kind}; leave it out "
+                "(simmim has mask tokens in its encoder, crossmae's decoder asks the visible patches alone)"
+            )
+        if self.target_width < 0 or (self.target_width and self.target in ("pixels", "dvae")):
+            raise ValueError(
+                f"model.target_width {self.target_width} is not for model.target {self.target}; leave it out"
+            )
+        if self.target == "pca" and self.pred_dim > self.patch_dim:
+            raise ValueError(
+                f"model.target_width {self.pred_dim} coefficients of patches of {self.patch_dim} values; "
+                f"at most {self.patch_dim} exist"
+            )
+        if self.target == "dvae" and self.channels != 3:
+            raise ValueError(f"model.target dvae takes 3 channels, not {self.channels}; use kmeans or pca")
 
     @property
     def image_hw(self) -> tuple[int, int]:
@@ -101,6 +127,17 @@ class ModelConfig:
     def patch_dim(self) -> int:
         """P: values in a patch."""
         return self.patch_size**2 * self.channels
+
+    @property
+    def pred_dim(self) -> int:
+        """T: values predicted of a patch."""
+        published = {"pca": PCA_COEFFICIENTS, "kmeans": DVAE_VOCABULARY, "dvae": DVAE_VOCABULARY}
+        return self.patch_dim if self.target == "pixels" else self.target_width or published[self.target]
+
+    @property
+    def sees_mask_tokens(self) -> bool:
+        """Whether the encoder takes all places of the image in, masked ones as mask tokens."""
+        return self.encoder_mask_tokens or self.kind == "simmim"
 
 
 @dataclass(frozen=True)
@@ -215,6 +252,8 @@ class PretrainConfig:
         patchmill pretrain --recipe mae-vit-b16 --data.path shards/ --out runs/b16 --train.global-batch 1024
     """
 
+    target_path: str = ""
+    """file of the model's target that `patchmill target` wrote; for model.target pca, kmeans and dvae"""
     out: str = ""
     """folder of the run: config.toml, metrics.jsonl, checkpoints/, status.json, loss.png"""
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -233,6 +272,12 @@ class PretrainConfig:
     def __post_init__(self) -> None:
         if not 0 <= self.seed < 2**64:
             raise ValueError(f"seed is {self.seed}; it must fit 64 bits without a sign")
+        kept, patches = self.mask.kept(self.model.grid_hw), self.model.num_patches
+        if not 0 < kept < patches:
+            what = "nothing" if kept == patches else "everything"
+            raise ValueError(f"mask.kind {self.mask.kind} with mask.ratio {self.mask.ratio} masks {what}; change them")
+        if self.model.target == "dvae" and self.train.picture_every_epochs:
+            raise ValueError("train.picture_every_epochs: a model of dvae tokens cannot be drawn; leave it out")
         if self.eval.every_epochs is not None and self.train.parallel != "ddp":
             raise ValueError(
                 f"eval.every_epochs needs whole weights on every rank, not train.parallel {self.train.parallel}; "

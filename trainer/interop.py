@@ -28,6 +28,9 @@ _OTHER_PARTS = re.compile(
     r"pixel_mean|pixel_std|backbone\.(?!net\.)\w+)(?:\..*)?"
 )
 
+# what sets a plain MAE apart from the other models of ours; only its decoder has a meaning elsewhere
+_MAE = {"kind": "mae", "encoder_mask_tokens": False, "target": "pixels", "target_width": 0}
+
 
 class Checkpoint(NamedTuple):
     """A model of any origin in our terms."""
@@ -62,8 +65,15 @@ def read_checkpoint(path: str | Path, hints: Hints = Hints()) -> Checkpoint:  # 
     except ValueError as error:
         raise ValueError(f"{weights.file} is of no known format: {error}") from error
     tensors, unknown = from_format(weights.tensors, source)
+    said, notes = weights.said, list(weights.notes)
+    method = {name: said[name] for name, plain in _MAE.items() if said.get(name, plain) != plain}
+    if method:  # no other program has these decoders and targets
+        tensors, unknown = encoder_only(tensors), [name for name in unknown if not is_decoder(name)]
+        said = said | _MAE
+        is_other = " and ".join(f"{name} {value}" for name, value in method.items())
+        notes.append(f"no plain MAE ({is_other}): the encoder alone was taken")
     left_out = [name for name in unknown if _OTHER_PARTS.fullmatch(name)]
-    config = infer_config(tensors, weights.said, hints, weights.file)
+    config = infer_config(tensors, said, hints, weights.file)
     faults = find_faults(tensors | {name: weights.tensors[name] for name in unknown if name not in left_out}, config)
     if faults:
         raise ValueError(
@@ -72,12 +82,11 @@ def read_checkpoint(path: str | Path, hints: Hints = Hints()) -> Checkpoint:  # 
         )
     converted = sorted({str(t.dtype).removeprefix("torch.") for t in tensors.values() if t.dtype != torch.float32})
     tensors = {name: tensor.to(torch.float32) for name, tensor in tensors.items()}
-    notes = list(weights.notes)
     if converted:
         notes.append(f"converted from {' and '.join(converted)} to float32")
     if left_out:
         notes.append(f"left out, no part of a ViT-MAE: {listed(sorted(left_out))}")
-    if "norm_pix_loss" not in weights.said and hints.norm_pix_loss is None and any(map(is_decoder, tensors)):
+    if "norm_pix_loss" not in said and hints.norm_pix_loss is None and any(map(is_decoder, tensors)):
         notes.append(
             "it does not say its target: taken for normalised pixels; if not, give --source.norm-pix-loss False"
         )

@@ -1,10 +1,10 @@
 """images + mask plan -> [masked autoencoder] -> loss: the model of He et al. 2021, forward on one screen.
 
-Only what the loss needs is computed: the encoder sees the visible patches, gathered and normalised straight from the
-uint8 image; the last decoder block's queries and the head run on masked tokens; the target is never written to memory.
-The numbers are those of the published implementation (tests/test_golden_mae.py).
+Only what the loss needs is computed: the encoder (vit.py) sees the visible patches, gathered and normalised straight
+from the uint8 image; the last decoder block's queries and the head run on masked tokens; the target is never written to
+memory. The numbers are those of the published implementation (tests/test_golden_mae.py).
 
-Shapes: B images, L patches, K kept, M = L - K masked, D encoder width, E decoder width, P values per patch.
+Shapes: B images, L patches, K kept, M = L - K masked, D encoder width, E decoder width, T values predicted of a patch.
 """
 
 from typing import NamedTuple
@@ -12,11 +12,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from patchmill.kernels.gather import gather_patches
-from patchmill.kernels.masked_loss import masked_mse
 from patchmill.kernels.unshuffle import unshuffle
 from patchmill.pipeline.masks import MaskPlan
 from patchmill.trainer.config import ModelConfig
+from patchmill.trainer.targets import build_target
 from patchmill.trainer.uniformity import add_uniformity
 from patchmill.trainer.vit import LAYER_NORM_EPS, Block, VisionTransformer, initialise, sincos_positions
 
@@ -27,9 +26,9 @@ class MAEOutput(NamedTuple):
     loss: Tensor
     """scalar fp32"""
     pred: Tensor
-    """[B, M, P] in mask order"""
+    """[B, M, T] in mask order; T is what the target has (targets.py), a patch's values for pixels"""
     latent: Tensor
-    """[B, 1 + K, D]: class token, then kept patches in kept order"""
+    """[B, 1 + K, D]: class token, then kept patches in kept order (with mask tokens in the encoder: all, row by row)"""
     uniformity: Tensor | None = None
     """scalar fp32, U-MAE's term before its weight; it is part of the loss. None for a model without it"""
 
@@ -47,7 +46,8 @@ class MaskedAutoencoder(VisionTransformer):
             Block(c.decoder_embed_dim, c.decoder_num_heads, c.mlp_ratio) for _ in range(c.decoder_depth)
         )
         self.decoder_norm = nn.LayerNorm(c.decoder_embed_dim, eps=LAYER_NORM_EPS)
-        self.decoder_pred = nn.Linear(c.decoder_embed_dim, c.patch_dim)
+        self.decoder_pred = nn.Linear(c.decoder_embed_dim, c.pred_dim)
+        self.target = build_target(c)
 
         self.apply(initialise)
         nn.init.normal_(self.cls_token, std=0.02)
@@ -63,25 +63,21 @@ class MaskedAutoencoder(VisionTransformer):
             ValueError: images or plan of another size than the model's.
         """
         self.check(images_BHWC, plan)
-        c = self.config
         latent_BND = self.encode(images_BHWC, plan.ids_keep)
-        pred_BMP = self.decode(latent_BND, plan)
-        loss = masked_mse(pred_BMP, images_BHWC, plan.ids_mask, c.patch_size, c.mean, c.std, c.norm_pix_loss)
-        loss, uniformity = add_uniformity(loss, latent_BND[:, 0], self.norm, c)
-        return MAEOutput(loss, pred_BMP, latent_BND, uniformity)
-
-    def encode(self, images_BHWC: Tensor, ids_keep_BK: Tensor) -> Tensor:
-        """uint8 images and the patches to look at (int32) -> normed features [B, 1 + K, D], class token first."""
-        c = self.config
-        patches_BKP = gather_patches(images_BHWC, ids_keep_BK, c.patch_size, c.mean, c.std, self.pos_embed.dtype)
-        tokens_BKD = self.patch_embed(patches_BKP) + self.pos_embed[0, 1:][ids_keep_BK]
-        return self.transform(tokens_BKD)
+        pred_BMT = self.decode(latent_BND, plan)
+        loss = self.target(pred_BMT, images_BHWC, plan.ids_mask)
+        loss, uniformity = add_uniformity(loss, latent_BND[:, 0], self.norm, self.config)
+        return MAEOutput(loss, pred_BMT, latent_BND, uniformity)
 
     def decode(self, latent_BND: Tensor, plan: MaskPlan) -> Tensor:
-        """Features [B, 1 + K, D] -> predicted values of the masked patches [B, M, P], in mask order."""
+        """Features [B, 1 + K, D] -> predicted values of the masked patches [B, M, T], in mask order."""
         x_BNE = self.decoder_embed(latent_BND)
         x_BNE = unshuffle(x_BNE, self.mask_token.view(-1), self.decoder_pos_embed[0], plan.ids_restore, num_prefix=1)
+        return self.predict(x_BNE, plan.ids_mask)
+
+    def predict(self, x_BNE: Tensor, ids_mask_BM: Tensor) -> Tensor:
+        """Decoder tokens [B, 1 + L, E], row by row -> predicted values of the masked patches [B, M, T]."""
         for block in self.decoder_blocks[:-1]:
             x_BNE = block(x_BNE)
-        x_BME = self.decoder_blocks[-1](x_BNE, plan.ids_mask + 1)
+        x_BME = self.decoder_blocks[-1](x_BNE, ids_mask_BM + 1)
         return self.decoder_pred(self.decoder_norm(x_BME))

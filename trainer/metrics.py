@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, TextIO
 import torch
 from torch import Tensor, nn
 
+from patchmill.pipeline.masks import MaskConfig
 from patchmill.trainer.config import ModelConfig
 from patchmill.trainer.spectrum import Spectrum
 from patchmill.trainer.step import StepValues, whole
@@ -39,14 +40,14 @@ class _Pending(NamedTuple):
     sample_ids_B: Tensor
 
 
-def train_flops_per_image(config: ModelConfig, mask_ratio: float) -> float:
+def train_flops_per_image(config: ModelConfig, mask: MaskConfig) -> float:
     """Matrix-product FLOPs of forward and backward for one image, whatever a fast path skips (2 per multiply-add).
 
     The published formulation is counted (all patches embedded and predicted): ViT-B/16, L/16 and H/14 at 224 px and
-    75 % give 58.5, 124.2 and 291 G, the numbers that MFU is stated in.
+    75 % give 58.5, 124.2 and 291 G, the numbers that MFU is stated in. What makes tokens of a target is not counted.
     """
     c, patches = config, config.num_patches
-    kept = int(patches * (1 - mask_ratio))
+    kept = patches if c.sees_mask_tokens else mask.kept(c.grid_hw)
 
     def blocks(depth: int, tokens: int, dim: int) -> float:
         linear = 2 * tokens * dim * dim * (4 + 2 * c.mlp_ratio)
@@ -54,9 +55,16 @@ def train_flops_per_image(config: ModelConfig, mask_ratio: float) -> float:
 
     embed = 2 * patches * c.patch_dim * c.embed_dim
     encoder = blocks(c.depth, kept + 1, c.embed_dim)
+    if c.kind == "simmim":
+        return 3.0 * (embed + encoder + 2 * patches * c.embed_dim * c.pred_dim)
+    if c.kind == "crossmae":
+        masked, dim = patches - kept, c.decoder_embed_dim
+        asking = 2 * masked * dim * dim * (2 + 2 * c.mlp_ratio) + 4 * masked * (kept + 1) * dim
+        decoder = c.decoder_depth * (asking + 2 * (kept + 1) * c.embed_dim * 2 * dim)
+        return 3.0 * (embed + encoder + decoder + 2 * masked * dim * c.pred_dim)
     bridge = 2 * (kept + 1) * c.embed_dim * c.decoder_embed_dim
     decoder = blocks(c.decoder_depth, patches + 1, c.decoder_embed_dim)
-    head = 2 * (patches + 1) * c.decoder_embed_dim * c.patch_dim
+    head = 2 * (patches + 1) * c.decoder_embed_dim * c.pred_dim
     return 3.0 * (embed + encoder + bridge + decoder + head)
 
 

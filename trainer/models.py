@@ -4,10 +4,16 @@ All share the encoder of vit.py and the contract of mae.py: forward(uint8 images
 """
 
 from patchmill.trainer.config import ModelConfig
+from patchmill.trainer.crossmae import CrossMAE
 from patchmill.trainer.mae import MaskedAutoencoder
+from patchmill.trainer.mask_tokens import MaskTokenAutoencoder, SimMIM
 from patchmill.trainer.vit import VisionTransformer
 
 
 def build_model(config: ModelConfig) -> VisionTransformer:
     """The model of a config, with random weights from torch's generator."""
-    return MaskedAutoencoder(config)
+    if config.kind == "simmim":
+        return SimMIM(config)
+    if config.kind == "crossmae":
+        return CrossMAE(config)
+    return MaskTokenAutoencoder(config) if config.encoder_mask_tokens else MaskedAutoencoder(config)

@@ -11,6 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from patchmill.trainer.config import TrainConfig
+from patchmill.trainer.crossmae import CrossBlock
 from patchmill.trainer.vit import Block
 from patchmill.trainer.world import World
 
@@ -29,20 +30,21 @@ def distribute(model: nn.Module, config: TrainConfig, world: World) -> nn.Module
     if world.size > 1 and config.parallel != "ddp":
         _shard(model, config, world)
     if config.compile:
-        model = cast(nn.Module, torch.compile(model, fullgraph=True, mode=config.compile_mode))
+        model = cast(nn.Module, torch.compile(model, fullgraph=True, dynamic=False, mode=config.compile_mode))
     if world.size > 1 and config.parallel == "ddp":
         return DistributedDataParallel(
             model,
             device_ids=[world.device.index] if world.device.type == "cuda" else None,
             gradient_as_bucket_view=True,
+            broadcast_buffers=False,  # a fitted target is the same on all ranks and never changes
             static_graph=config.accum_steps == 1,  # a backward pass without reduction is another graph
         )
     return model
 
 
-def blocks(model: nn.Module) -> list[Block]:
+def blocks(model: nn.Module) -> list[Block | CrossBlock]:
     """The transformer blocks of a model, in order."""
-    return [module for module in model.modules() if isinstance(module, Block)]
+    return [module for module in model.modules() if isinstance(module, Block | CrossBlock)]
 
 
 def _shard(model: nn.Module, config: TrainConfig, world: World) -> None:
@@ -61,7 +63,7 @@ def _shard(model: nn.Module, config: TrainConfig, world: World) -> None:
     fully_shard(model, mesh=mesh)
 
 
-def _recomputed(block: Block):  # type: ignore[no-untyped-def]
+def _recomputed(block: nn.Module):  # type: ignore[no-untyped-def]
     forward = block.forward
     return lambda *args: checkpoint(forward, *args, use_reentrant=False)
 

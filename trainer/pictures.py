@@ -31,13 +31,12 @@ def reconstruct(model: VisionTransformer, images_BHWC: Tensor, plan: MaskPlan) -
         plan: which patches the model sees.
     Returns:
         two uint8 tensors [B, H, W, C].
+    Raises:
+        ValueError: a model of dvae tokens, which have no look.
     """
     c = model.config
-    pred_BMP = model(images_BHWC, plan).pred.float()
+    pred_BMP = model.target.patches(model(images_BHWC, plan).pred, images_BHWC, plan.ids_mask)
     unit = ((0.0,) * c.channels, (1.0,) * c.channels)
-    if c.norm_pix_loss:
-        target = gather_patches(images_BHWC, plan.ids_mask, c.patch_size, c.mean, c.std, torch.float32)
-        pred_BMP = pred_BMP * (target.var(-1, keepdim=True) + 1e-6).sqrt() + target.mean(-1, keepdim=True)
     per_value = c.patch_size**2
     mean, std = (torch.tensor(v, device=pred_BMP.device).repeat(per_value) for v in (c.mean, c.std))
     levels_BMP = ((pred_BMP * std + mean) * 255).round().clamp(0, 255)

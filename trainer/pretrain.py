@@ -30,6 +30,7 @@ from patchmill.trainer.sheets import Column, write_sheet
 from patchmill.trainer.signals import stop_on_signals
 from patchmill.trainer.spectrum import batch_features, take_spectrum
 from patchmill.trainer.step import Guard, StepValues, set_learning_rate, update
+from patchmill.trainer.target_files import load_target
 from patchmill.trainer.vit import VisionTransformer
 from patchmill.trainer.world import StopVote, World, autocast_dtype, joined_world
 
@@ -237,7 +238,7 @@ def _metrics(config: PretrainConfig, world: World) -> Metrics:
         Path(config.out),
         world,
         global_batch=config.train.global_batch,
-        flops_per_image=train_flops_per_image(config.model, config.mask.ratio),
+        flops_per_image=train_flops_per_image(config.model, config.mask),
         tensorboard=config.train.tensorboard,
         wandb=config.train.wandb,
         uniformity_weight=config.model.uniformity_weight,
@@ -273,6 +274,7 @@ def _resume(
         if reason is not None:
             raise ValueError(f"cannot resume from {path}: {reason}; give a folder checkpoints/step-XXXXXXXX of a run")
     if path is None:
+        load_target(trainee.model, config.target_path)
         return 0, None, damaged
     state = checkpoint.restore(path, trainee.model, trainee.optimizer, trainee.guard)
     loader.load_state_dict(state["loader"])

@@ -51,8 +51,8 @@ _MMSEG_LAYER = re.compile(r"(?:backbone\.)?layers\.(\d+)\.(.+)\.(weight|bias)")
 
 
 def is_decoder(name: str) -> bool:
-    """Whether a published name belongs to the decoder."""
-    return name.startswith("decoder_") or name == "mask_token"
+    """Whether a name belongs to the decoder, or to what else no encoder needs: a fitted target's tensors."""
+    return name.startswith(("decoder_", "target.")) or name == "mask_token"
 
 
 def encoder_only(tensors: Tensors) -> Tensors:

@@ -12,9 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from patchmill.kernels.gather import gather_tokens
+from patchmill.kernels.gather import gather_patches, gather_tokens
 from patchmill.pipeline.masks import MaskPlan
 from patchmill.trainer.config import ModelConfig
+from patchmill.trainer.targets import Target
 
 LAYER_NORM_EPS = 1e-6
 
@@ -106,7 +107,9 @@ class PatchEmbed(nn.Module):
 
 
 class VisionTransformer(nn.Module):
-    """The encoder that all models have, under its published names; each adds what it predicts with."""
+    """The encoder that all models have, under its published names; each adds what it predicts with, and its target."""
+
+    target: Target
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -116,6 +119,12 @@ class VisionTransformer(nn.Module):
         self.patch_embed = PatchEmbed(c.patch_size, c.channels, c.embed_dim)
         self.blocks = nn.ModuleList(Block(c.embed_dim, c.num_heads, c.mlp_ratio) for _ in range(c.depth))
         self.norm = nn.LayerNorm(c.embed_dim, eps=LAYER_NORM_EPS)
+
+    def encode(self, images_BHWC: Tensor, ids_keep_BK: Tensor) -> Tensor:
+        """uint8 images and the patches to look at (int32) -> normed features [B, 1 + K, D], class token first."""
+        c = self.config
+        patches_BKP = gather_patches(images_BHWC, ids_keep_BK, c.patch_size, c.mean, c.std, self.pos_embed.dtype)
+        return self.transform(self.patch_embed(patches_BKP) + self.pos_embed[0, 1:][ids_keep_BK])
 
     def transform(self, tokens_BKD: Tensor) -> Tensor:
         """Tokens with their positions [B, K, D] -> normed features [B, 1 + K, D], class token first."""
