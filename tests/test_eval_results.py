@@ -64,7 +64,7 @@ def test_one_command_each_and_one_table(setup, capsys):
     assert (setup / "encoder-probe" / "on-other" / "confusion.png").is_file()
     assert cli.run("results", [str(setup), "--figure", str(setup / "figure.png")]) == 0
     table = capsys.readouterr().out
-    for column in ("knn on dataset", "probe on dataset (probe)", "probe on other", "partial-2 on dataset"):
+    for column in ("knn on dataset", "probe on dataset (encoder-probe)", "probe on other", "partial-2 on dataset"):
         assert f"| {column} |" in table
     assert "| encoder, random weights |" in table
     assert (setup / "figure.png").is_file()
