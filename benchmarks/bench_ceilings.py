@@ -20,11 +20,12 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.pages import markdown_table, write_page
+from benchmarks.steps import RECIPES
+from patchmill.kernels.permute import mask_indices
 from patchmill.tools import machine, timing
 from patchmill.trainer.config import ModelConfig
 from patchmill.trainer.recipes import get_recipe
 
-RECIPES = {"b16": "mae-vit-b16", "l16": "mae-vit-l16", "h14": "mae-vit-h14", "tiny": "mae-tiny"}
 BATCHES = {"b16": 512, "l16": 256, "h14": 128, "tiny": 8}
 """images a step, as the step benchmark takes them"""
 BACKENDS = {
@@ -34,6 +35,7 @@ BACKENDS = {
     "math": SDPBackend.MATH,
 }
 REPEATS = 11
+MASKED_IMAGES = 4096
 
 
 class Stack(NamedTuple):
@@ -165,6 +167,12 @@ def _moved(name: str, call: timing.Candidate, moved: int, device: str) -> dict[s
     return {"name": name, "bytes": moved, "seconds": timing.median_seconds({"both": call}, device, REPEATS)["both"]}
 
 
+def mask_seconds(device: str) -> float:
+    """Time of drawing the masks of a published batch, 49 of 196 patches kept."""
+    ids_B = torch.arange(MASKED_IMAGES, device=device)
+    return timing.median_seconds({"masks": lambda: mask_indices(0, 0, ids_B, 196, 49)}, device, REPEATS)["masks"]
+
+
 def product_table(rows: list[dict[str, Any]], peak: float) -> list[str]:
     """One line a product, and what all of a step's products take at these rates."""
     forms = ("forward", "input", "weight")
@@ -230,8 +238,11 @@ def main(argv: list[str]) -> int:
     facts = {"command": f"python -m benchmarks.bench_ceilings {' '.join(argv)}", **timing.environment(device)}
     facts["device copy, read + written"] = f"{copy / 1e9:.0f} GB/s"
     facts["large bf16 product"] = f"{peak / 1e12:.1f} TFLOP/s"
+    masks = mask_seconds(device)
+    facts[f"mask indices of {MASKED_IMAGES} images of 196 patches"] = f"{masks * 1e6:.1f} microseconds"
     lines: list[str] = []
-    data: dict[str, Any] = {"copy_bytes_per_second": copy, "product_flops_per_second": peak, "models": {}}
+    data: dict[str, Any] = {"copy_bytes_per_second": copy, "product_flops_per_second": peak, "mask_seconds": masks}
+    data["models"] = {}
     page = ""
     for name in options.models:
         config, batch = get_recipe(RECIPES[name]).model, options.batch or BATCHES[name]

@@ -1,5 +1,6 @@
 """where numbers are taken -> [machine] -> reports, benchmark pages: processor, commit, versions, date."""
 
+import os
 import platform
 import subprocess
 import time
@@ -16,9 +17,11 @@ def processor() -> str:
 
 
 def commit() -> str:
-    """The commit of the checkout, with `+` if files differ from it; `unknown` outside a repository."""
+    """The commit of the checkout, with `+` if files differ from it; outside a repository $COMMIT, or `unknown`."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty=+"]
-    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or os.environ.get(
+        "COMMIT", "unknown"
+    )
 
 
 def versions(*packages: str) -> str:
