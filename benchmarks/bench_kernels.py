@@ -14,7 +14,6 @@ import json
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -23,94 +22,41 @@ from benchmarks import published_operators as published
 from benchmarks.check_kernels import check_all
 from benchmarks.pages import results_folder
 from patchmill.kernels.backend import active_backend
-from patchmill.kernels.gather import gather_patches, gather_tokens
-from patchmill.kernels.masked_loss import masked_mse
-from patchmill.kernels.permute import mask_indices
-from patchmill.kernels.unshuffle import unshuffle
 from patchmill.tools import timing
+from patchmill.tools.profile_kernels import MEAN, STD, Operator, Workload
 
 # Patch and image size; the encoder's width does not enter.
 MODELS = {"b16": (16, 224), "h14": (14, 224), "b16-448": (16, 448)}
 DECODER_WIDTH = 512
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
-@dataclass(frozen=True)
-class Operator:
-    """One row of the table: the two sides, and the fewest bytes the operator can move."""
-
-    name: str
-    ours: Callable[[], object]
-    published: Callable[[], object]
-    bytes_moved: int
-
-
-class Workload:
-    """A batch of one model's sizes: B images, L patches, K kept, M masked, P values per patch, one class token."""
+class Contest(Workload):
+    """A batch of one model's sizes (see Workload), with the published side of every operator."""
 
     def __init__(self, model: str, batch: int, device: str, dtype: torch.dtype) -> None:
-        self.patch, size = MODELS[model]
-        self.B, self.L, self.dtype = batch, (size // self.patch) ** 2, dtype
-        self.K = self.L // 4
-        self.M, self.P = self.L - self.K, 3 * self.patch**2
-        self.images = torch.randint(0, 256, (batch, size, size, 3), dtype=torch.uint8, device=device)
-        self.samples = torch.arange(batch, device=device)
-        self.keep, self.mask, self.restore = mask_indices(0, 0, self.samples, self.L, self.K)
+        patch, size = MODELS[model]
+        super().__init__(patch, (size, size), DECODER_WIDTH, batch, device, dtype)
         self.statistics = torch.tensor([MEAN, STD], device=device)
-
-        def leaf(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
-            return torch.randn(*shape, device=device).to(dtype).requires_grad_()
-
-        self.tokens = leaf(batch, 1 + self.L, DECODER_WIDTH)
-        self.x = leaf(batch, 1 + self.K, DECODER_WIDTH)
-        self.token = leaf(DECODER_WIDTH, dtype=torch.float32)
-        self.decoder_pos = torch.randn(1 + self.L, DECODER_WIDTH, device=device)
-        self.pred, self.full_pred = leaf(batch, self.M, self.P), leaf(batch, self.L, self.P)
-        self.grad_rows = torch.randn(batch, self.M, DECODER_WIDTH, device=device).to(dtype)
-        self.grad_tokens = torch.randn(batch, 1 + self.L, DECODER_WIDTH, device=device).to(dtype)
-
-    def our_masks(self) -> tuple[Tensor, ...]:
-        return mask_indices(0, 0, self.samples, self.L, self.K)
+        self.full_pred = torch.randn(batch, self.L, self.P, device=device).to(dtype).requires_grad_()
 
     def published_masks(self) -> tuple[Tensor, ...]:
         return published.random_masking(torch.rand(self.B, self.L, device=self.images.device), self.K)
-
-    def our_patches(self) -> Tensor:
-        return gather_patches(self.images, self.keep, self.patch, MEAN, STD, self.dtype)
 
     def published_patches(self) -> Tensor:
         images = published.normalize_images(self.images, *self.statistics.unbind())
         return published.gather_rows(published.patchify(images, self.patch), self.keep).to(self.dtype)
 
-    def our_tokens(self) -> tuple[Tensor, ...]:
-        return torch.autograd.grad(gather_tokens(self.tokens, self.mask, None, 1), self.tokens, self.grad_rows)
-
     def published_tokens(self) -> tuple[Tensor, ...]:
         return torch.autograd.grad(published.gather_rows(self.tokens[:, 1:], self.mask), self.tokens, self.grad_rows)
-
-    def our_unshuffle(self) -> tuple[Tensor, ...]:
-        out = unshuffle(self.x, self.token, self.decoder_pos, self.restore, 1)
-        return torch.autograd.grad(out, (self.x, self.token), self.grad_tokens)
 
     def published_unshuffle(self) -> tuple[Tensor, ...]:
         out = published.unshuffle(self.x, self.token, self.decoder_pos, self.restore, 1)
         return torch.autograd.grad(out, (self.x, self.token), self.grad_tokens.to(out.dtype))
 
-    def our_loss(self) -> tuple[Tensor, ...]:
-        loss = masked_mse(self.pred, self.images, self.mask, self.patch, MEAN, STD, True)
-        return torch.autograd.grad(loss, self.pred)
-
     def published_loss(self) -> tuple[Tensor, ...]:
         target = published.patchify(published.normalize_images(self.images, *self.statistics.unbind()), self.patch)
         mask = (self.restore >= self.K).float()
         return torch.autograd.grad(published.masked_loss(self.full_pred, target, mask, True, 2), self.full_pred)
-
-    def our_step(self) -> list[Tensor]:
-        keep, mask, restore = self.our_masks()
-        patches = gather_patches(self.images, keep, self.patch, MEAN, STD, self.dtype)
-        out = unshuffle(self.x, self.token, self.decoder_pos, restore, 1)
-        loss = masked_mse(self.pred, self.images, mask, self.patch, MEAN, STD, True)
-        return [patches, *torch.autograd.grad((out, loss), (self.x, self.token, self.pred), (self.grad_tokens, None))]
 
     def published_step(self) -> list[Tensor]:
         keep, restore, mask = self.published_masks()
@@ -121,35 +67,29 @@ class Workload:
         leaves = (self.x, self.token, self.full_pred)
         return [visible, *torch.autograd.grad((out, loss), leaves, (self.grad_tokens.to(out.dtype), None))]
 
-    def operators(self) -> list[Operator]:
-        """Every row, with its bytes: ids are 4 bytes, pixels 1, tokens and predictions `item`."""
-        item, ids = self.dtype.itemsize, 4 * self.B
-        row, kept, rows = DECODER_WIDTH * item, self.B * (1 + self.K), self.B * (1 + self.L)
-        masks = ids * 2 * self.L + 8 * self.B
-        patches = self.B * self.K * self.P * (1 + item) + ids * self.K
-        tokens = row * (3 * self.B * self.M + rows) + 2 * ids * self.M
-        shuffle = 2 * row * (kept + rows) + 2 * ids * self.L + 4 * DECODER_WIDTH * (1 + self.L)
-        loss = self.B * self.M * self.P * (1 + 4 * item) + ids * self.M
-        return [
-            Operator("mask indices", self.our_masks, self.published_masks, masks),
-            Operator("gather patches", self.our_patches, self.published_patches, patches),
-            Operator("gather tokens, fwd + bwd", self.our_tokens, self.published_tokens, tokens),
-            Operator("unshuffle, fwd + bwd", self.our_unshuffle, self.published_unshuffle, shuffle),
-            Operator("masked loss, fwd + bwd", self.our_loss, self.published_loss, loss),
-            Operator("all together", self.our_step, self.published_step, masks + patches + shuffle + loss),
-        ]
+    def pairs(self) -> list[tuple[Operator, Callable[[], object]]]:
+        """Each of our operators with its published form."""
+        forms = (
+            self.published_masks,
+            self.published_patches,
+            self.published_tokens,
+            self.published_unshuffle,
+            self.published_loss,
+            self.published_step,
+        )
+        return list(zip(self.operators(), forms, strict=True))
 
 
 def time_operators(
-    workload: Workload, device: str, with_compile: bool, clock: timing.Clock
+    workload: Contest, device: str, with_compile: bool, clock: timing.Clock
 ) -> list[dict[str, float | str]]:
     """Time every operator and its published form; seconds, bytes and ratios."""
     copy = timing.copy_bytes_per_second(device, clock)
     rows: list[dict[str, float | str]] = [{"operator": "device copy", "bytes_per_second": copy}]
-    for operator in workload.operators():
-        candidates = {"ours": operator.ours, "eager": operator.published}
+    for operator, form in workload.pairs():
+        candidates = {"ours": operator.call, "eager": form}
         if with_compile:
-            candidates["compiled"] = torch.compile(operator.published, dynamic=False)
+            candidates["compiled"] = torch.compile(form, dynamic=False)
         seconds = timing.median_seconds(candidates, device, clock=clock)
         row: dict[str, float | str] = {"operator": operator.name, "bytes": operator.bytes_moved}
         row |= {f"{name}_seconds": value for name, value in seconds.items()}
@@ -198,7 +138,7 @@ def main(argv: list[str]) -> int:
         print(f"a check failed, so nothing is timed: {error}", file=sys.stderr)
         return 1
     dtype = torch.bfloat16 if options.device.startswith("cuda") else torch.float32
-    workload = Workload(options.model, options.batch, options.device, dtype)
+    workload = Contest(options.model, options.batch, options.device, dtype)
     clock = time.process_time if options.cpu_time else time.perf_counter
     rows = time_operators(workload, options.device, not options.no_compile, clock)
     facts = {

@@ -16,6 +16,7 @@ COMMANDS = {
     "merge": "finish a dataset that was packed in parts, or join datasets",
     "convert": "write a dataset as class folders or as one .beton file",
     "pretrain": "pretrain a masked autoencoder on shards",
+    "profile": "measure loader, step and training loop: what binds, by how much, what would help",
     "launch": "write a torchrun or SLURM script for pretraining on many GPUs",
     "runs": "list runs with their state",
     "reconstruct": "draw masked | reconstruction | original for a checkpoint",
@@ -31,8 +32,8 @@ COMMANDS = {
     "import": "turn a checkpoint of facebookresearch/mae, timm, transformers, detectron2 or mmseg into one of ours",
 }
 
-# no file may be called import.py; the one that holds both commands is told which
-TWO_IN_ONE = {"export": "interchange", "import": "interchange"}
+# no file may be called import.py or profile.py; a file of another name is told which command is meant
+ELSEWHERE = {"export": "interchange", "import": "interchange", "profile": "profiling"}
 
 
 def usage() -> str:
@@ -52,10 +53,10 @@ def usage() -> str:
 
 def run(command: str, argv: list[str]) -> int:
     """Runs one command and returns its exit code; `ValueError` and `OSError` become one message and 2."""
-    name = TWO_IN_ONE.get(command, command.replace("-", "_"))
+    name = ELSEWHERE.get(command, command.replace("-", "_"))
     module = importlib.import_module(f"patchmill.tools.{name}")
     try:
-        return module.main([command, *argv] if command in TWO_IN_ONE else argv)
+        return module.main([command, *argv] if command in ELSEWHERE else argv)
     except (ValueError, OSError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -85,6 +85,8 @@ class Verdict:
     """of the binding resource's time that this stage takes"""
     images_per_s: float
     """the bound"""
+    measured: float | None
+    """images per second of the whole as it ran; None where only its parts were measured"""
     wanted: float | None
     """images per second that the step takes when nothing keeps it waiting; None where no step was measured"""
     next_stage: str | None
@@ -96,11 +98,12 @@ class Verdict:
     sentence: str
 
 
-def judge(model: Model, noise: str | None = None) -> Verdict:
+def judge(model: Model, noise: str | None = None, measured: float | None = None) -> Verdict:
     """Names the binding stage.
 
     Args:
-        model: what was measured.
+        model: what was measured, part by part.
+        measured: images per second of the whole as it ran.
         noise: why the machine was too noisy to trust small differences, None where it was quiet.
     """
     supplies = model.supplies()
@@ -115,7 +118,7 @@ def judge(model: Model, noise: str | None = None) -> Verdict:
     doubt = stage.spread + next_stage.spread if next_stage else stage.spread
     certain = headroom is None or headroom > 1 + max(doubt, 0.5 if noise else 0.0)
     verdict = Verdict(
-        stage.name, resource, share, rate, wanted,
+        stage.name, resource, share, rate, measured, wanted,
         next_stage.name if next_stage else None, follower[0] if follower else None, headroom, certain, "",
     )  # fmt: skip
     return replace(verdict, sentence=_sentence(verdict, model, noise))
@@ -136,6 +139,8 @@ def straggler(own_seconds_R: Sequence[float]) -> int | None:
 
 def _sentence(verdict: Verdict, model: Model, noise: str | None) -> str:
     rate = f"{verdict.images_per_s:,.0f} images/s"
+    if verdict.measured is not None and not 1 / CLOSE < verdict.measured / verdict.images_per_s < CLOSE:
+        rate += f" (its parts allow; {verdict.measured:,.0f} as it ran)"
     if verdict.stage == STEP:
         text = f"the step binds: {rate}"
         data = model.without(STEP).supplies()
@@ -155,6 +160,8 @@ def _sentence(verdict: Verdict, model: Model, noise: str | None) -> str:
         text += f". Too noisy to tell {verdict.stage} from {verdict.next_stage} ({reason})"
     elif verdict.headroom is not None and verdict.headroom < CLOSE and verdict.stage != STEP:
         text += " (near to balance: relieving one alone gains little)"
+    elif noise:
+        text += f" (measured while {noise})"
     return text + "."
 
 

@@ -1,0 +1,375 @@
+"""shards -> [patchmill profile loader] -> what each stage of the loader costs, alone and together.
+
+Alone: one thread takes batches through the stages one after the other, inline, so that nothing else of ours runs; the
+stages' own clocks (profile_spans.py) and the clock around them all say how much the stages explain. Together: the
+loader as training uses it, consumed as fast as it gives. Real samples of the dataset all the time, in an epoch's order.
+"""
+
+import os
+import time
+import zlib
+from collections.abc import Generator, Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from patchmill.pipeline import decode_dali
+from patchmill.pipeline.decode_cpu import CHUNK, CpuDecoder
+from patchmill.pipeline.decode_dali import DaliDecoder
+from patchmill.pipeline.decode_resident import ResidentDecoder
+from patchmill.pipeline.feed import StepPlan
+from patchmill.pipeline.loader import Loader
+from patchmill.pipeline.manifest import ImageFormat, open_dataset
+from patchmill.pipeline.shards import ShardReader, fault
+from patchmill.pipeline.stream_wds import AnyFeeder
+from patchmill.pipeline.urls import is_url
+from patchmill.tools.profile_spans import BATCH, COPY, DECODE, FETCH, PLAN, RESIZE, TASK, Spans, watch
+from patchmill.tools.profile_storage import Reading, measure_storage, percentiles
+from patchmill.tools.timing import Measured, Neighbours, wait_for
+from patchmill.trainer.config import PretrainConfig
+from patchmill.trainer.pretrain import open_loader as open_run_loader
+from patchmill.trainer.recipes import with_options
+from patchmill.trainer.world import World
+
+NAMES = {CpuDecoder: "cpu", DaliDecoder: "dali", ResidentDecoder: "resident"}
+WINDOWS = 8
+"""parts of a measured stretch whose rates tell its spread"""
+HARDWARE_SHARES = (0.5, 0.65, 0.8)
+"""of the images for the GPU's JPEG engine, tried in the sweep"""
+STAGES = ("plan", "storage", "checks", "decode", "resize", "bookkeeping", "masks", "host copy")
+"""in the order in which an image passes them"""
+
+
+@dataclass(frozen=True)
+class StageCost:
+    """What one image costs at a stage, in seconds."""
+
+    name: str
+    wall: Measured
+    """alone, on one thread"""
+    cpu: Measured
+    """of it on a core; the rest is waiting"""
+    together: float | None = None
+    """wall seconds in the running loader, where other threads want the cores too; None where they are not told apart"""
+
+
+@dataclass(frozen=True)
+class Together:
+    """The loader as training uses it, consumed as fast as it gives."""
+
+    images_per_s: Measured
+    images_per_cpu_s: float
+    mb_per_s: float
+    """of encoded images"""
+    interval_p50_ms: float
+    """between two batches"""
+    interval_p95_ms: float
+    interval_p99_ms: float
+    queue_mean: float
+    """batches that lay ready when the next was asked for"""
+    queue_size: int
+    threads_busy: float | None
+    """share of the reader threads' time that they worked"""
+    cores_used: float
+    others: float
+    """cores that other programs took meanwhile"""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One point of the sweep."""
+
+    name: str
+    value: float
+    images_per_s: Measured
+
+
+@dataclass(frozen=True)
+class LoaderProfile:
+    """All that is known of a loader."""
+
+    decoder: str
+    workers: int
+    cores: int
+    batch: int
+    images: int
+    image_bytes: float
+    """of the mean sample"""
+    image_pixels: float
+    stages: list[StageCost]
+    explained: float | None
+    """share of the inline pass's wall time that lay in the stages' own clocks; None where a decoder is one graph"""
+    together: Together
+    storage: dict[str, Reading]
+    """cold and warm; empty where the data are not local shards"""
+    fits_memory: bool
+    """whether the shards fit the free memory, so that storage is read once and then the page cache"""
+    link_seconds: float
+    """for one image to cross to the device; 0 on a CPU"""
+    sweep: list[Setting]
+
+
+def measure_loader(config: PretrainConfig, device: torch.device, seconds: float) -> LoaderProfile:
+    """Measures a loader for about `seconds`.
+
+    Args:
+        config: its train.global_batch is the batch that is measured, on one rank.
+    """
+    with open_loader(config, device) as loader:
+        feeder, decoder = loader.maker.feeder, loader.maker.decoder
+        workers, name = decoder.workers, NAMES[type(decoder)]
+        images, store = loader.num_samples, getattr(feeder, "store", None)
+    shards = isinstance(store, ShardReader) and not is_url(config.data.path)
+    storage = measure_storage(open_dataset(config.data.path), workers, 0.1 * seconds) if shards else {}
+    alone = _alone(config, device, 0.25 * seconds)
+    together, in_loader = _together(config, device, 0.25 * seconds, alone.image_bytes)
+    stages = [replace(stage, together=in_loader.get(stage.name)) for stage in alone.stages]
+    return LoaderProfile(
+        decoder=name,
+        workers=workers,
+        cores=len(os.sched_getaffinity(0)),
+        batch=config.train.global_batch,
+        images=images,
+        image_bytes=alone.image_bytes,
+        image_pixels=alone.image_pixels,
+        stages=stages,
+        explained=alone.explained,
+        together=together,
+        storage=storage,
+        fits_memory=images * alone.image_bytes < _free_bytes(),
+        link_seconds=alone.link_seconds,
+        sweep=sweep(config, device, workers, 0.3 * seconds),
+    )
+
+
+def open_loader(config: PretrainConfig, device: torch.device, **data: Any) -> Loader:
+    """The loader of a run on one rank, with options of its data changed."""
+    return open_run_loader(replace(config, data=replace(config.data, **data)), World(0, 1, device))
+
+
+Costs = dict[str, tuple[float, float]]
+"""stage -> (wall, CPU) seconds"""
+
+
+@dataclass(frozen=True)
+class _Alone:
+    stages: list[StageCost]
+    explained: float | None
+    link_seconds: float
+    image_bytes: float
+    image_pixels: float
+
+
+def _alone(config: PretrainConfig, device: torch.device, seconds: float) -> _Alone:
+    """The stages one after the other, batch by batch. The first batch is the warm-up."""
+    rounds: list[Costs] = []
+    sizes: list[float] = []
+    pixels: list[float] = []
+    walls, inside = 0.0, 0.0
+    with open_loader(config, device) as loader, closing(_batches(loader)) as batches:
+        inline = isinstance(loader.maker.decoder, CpuDecoder)
+        end = time.perf_counter() + seconds
+        while len(rounds) < 4 or time.perf_counter() < end:
+            start = time.perf_counter()
+            plan, images, costs = next(batches)
+            walls += (time.perf_counter() - start) * bool(rounds)
+            inside += sum(wall for name, (wall, _) in costs.items() if name != "bookkeeping") * bool(rounds)
+            if inline or not sizes:  # beside a graph of its own threads, once must do
+                check, size = _checks(loader.maker.feeder, plan)
+                sizes.append(size)
+                pixels.append(float((plan.heights_B.astype(float) * plan.widths_B).mean()))
+            costs["storage"], costs["checks"] = _less(costs["storage"], check), _least(costs["storage"], check)
+            rounds.append({name: (wall / len(images), cpu / len(images)) for name, (wall, cpu) in costs.items()})
+        link = _link_seconds(images, device)
+    del rounds[0]
+    stages = []
+    for name in STAGES:
+        wall_each, cpu_each = zip(*(found[name] for found in rounds), strict=True)
+        if max(wall_each) > 0:
+            stages.append(StageCost(name, Measured.of(wall_each), Measured.of(cpu_each)))
+    return _Alone(stages, inside / walls if inline else None, link, sum(sizes) / len(sizes), sum(pixels) / len(pixels))
+
+
+def _batches(loader: Loader) -> Generator[tuple[StepPlan, Tensor, Costs]]:
+    """Batches taken through the stages by this thread, with what each stage took."""
+    spans = watch(loader)
+    maker, decoder = loader.maker, loader.maker.decoder
+    decoded = _inline(decoder) if isinstance(decoder, CpuDecoder) else decoder.batches(0, 0)
+    while True:
+        before, start, cpu = spans.snapshot(), time.perf_counter(), time.process_time()
+        plan, images = next(decoded)
+        maker._batch(plan, images)
+        wait_for(maker.device)
+        wall, used = time.perf_counter() - start, time.process_time() - cpu
+        took = {name: total.minus(before[name]) for name, total in spans.snapshot().items()}
+        costs = {name: (took[key].wall, took[key].cpu) for name, key in (("plan", PLAN), ("storage", FETCH))}
+        if isinstance(decoder, CpuDecoder):
+            costs |= {"decode": took[DECODE][1:], "resize": took[RESIZE][1:]}
+            costs["bookkeeping"] = _less(took[TASK][1:], took[FETCH][1:], took[DECODE][1:], took[RESIZE][1:])
+        else:  # a graph that cannot be walked through: decoding, resizing and flipping as a whole, beside the reading
+            beside = took[FETCH].wall * isinstance(decoder, ResidentDecoder), took[FETCH].cpu
+            costs["decode"] = _less((wall, used), beside, took[PLAN][1:], took[BATCH][1:])
+            costs |= {"resize": (0.0, 0.0), "bookkeeping": (0.0, 0.0)}
+        costs |= {"masks": _less(took[BATCH][1:], took[COPY][1:]), "host copy": took[COPY][1:]}
+        yield plan, images, costs
+
+
+def _inline(decoder: CpuDecoder) -> Iterator[tuple[StepPlan, Tensor]]:
+    """What the decoder's threads do, by this thread."""
+    for plan in decoder.feeder.plans(0, 0):
+        images = torch.empty(decoder.shape, dtype=torch.uint8, pin_memory=decoder.pin_memory)
+        for lo in range(0, decoder.feeder.local_slots, CHUNK):
+            decoder._decode(plan, images, lo)
+        yield plan, images
+
+
+def _less(whole: tuple[float, float], *parts: tuple[float, float]) -> tuple[float, float]:
+    wall, cpu = (max(0.0, whole[i] - sum(part[i] for part in parts)) for i in (0, 1))
+    return wall, cpu
+
+
+def _least(one: tuple[float, float], other: tuple[float, float]) -> tuple[float, float]:
+    return min(one[0], other[0]), min(one[1], other[1])
+
+
+def _checks(feeder: AnyFeeder, plan: StepPlan) -> tuple[tuple[float, float], float]:
+    """((wall, CPU) seconds of checking a batch's bytes, mean bytes of a sample)."""
+    data = feeder.fetch(plan, 0, feeder.local_slots)
+    size = sum(map(len, data)) / len(data)
+    if not isinstance(getattr(feeder, "store", None), ShardReader):
+        return (0.0, 0.0), size
+    told = [(len(sample), zlib.crc32(sample)) for sample in data]
+    wall, cpu = time.perf_counter(), time.thread_time()
+    for sample, (length, crc) in zip(data, told, strict=True):
+        fault(sample, length, crc, ImageFormat.JPEG)
+    return (time.perf_counter() - wall, time.thread_time() - cpu), size
+
+
+def _link_seconds(images: Tensor, device: torch.device) -> float:
+    """Seconds for one image to cross to a GPU from page-locked memory, in the copy of a whole batch."""
+    if device.type != "cuda":
+        return 0.0
+    pinned, taken = images.pin_memory(), []
+    for _ in range(5):
+        wait_for(device)
+        start = time.perf_counter()
+        pinned.to(device, non_blocking=True)
+        wait_for(device)
+        taken.append(time.perf_counter() - start)
+    return Measured.of(taken).median / len(images)
+
+
+def _together(
+    config: PretrainConfig, device: torch.device, seconds: float, image_bytes: float
+) -> tuple[Together, dict[str, float]]:
+    """The running loader, and wall seconds of an image at each of its stages there."""
+    with open_loader(config, device) as loader:
+        spans = watch(loader)
+        intervals, queue = _consume(loader, seconds, warm_up=2 * config.data.prefetch_batches + 2, spans=spans)
+        decoder, rows = loader.maker.decoder, loader.maker.feeder.local_batch
+    images = rows * len(intervals.seconds)
+    rate = images / sum(intervals.seconds)
+    spent = intervals.spent
+    in_loader = {name: spent[key].wall / images for name, key in (("plan", PLAN), ("host copy", COPY))}
+    in_loader["masks"] = (spent[BATCH].wall - spent[COPY].wall) / images
+    busy = None
+    if isinstance(decoder, CpuDecoder):
+        busy = spent[TASK].wall / (decoder.workers * sum(intervals.seconds))
+        in_loader |= {"decode": spent[DECODE].wall / images, "resize": spent[RESIZE].wall / images}
+    p50, p95, p99 = percentiles(intervals.seconds)
+    together = Together(
+        images_per_s=Measured.of(_rates(intervals.seconds, rows)),
+        images_per_cpu_s=images / intervals.around.own,
+        mb_per_s=rate * image_bytes / 1e6,
+        interval_p50_ms=1e3 * p50,
+        interval_p95_ms=1e3 * p95,
+        interval_p99_ms=1e3 * p99,
+        queue_mean=sum(queue) / len(queue),
+        queue_size=config.data.prefetch_batches,
+        threads_busy=busy,
+        cores_used=intervals.around.own / intervals.around.wall,
+        others=intervals.around.others,
+    )
+    return together, in_loader
+
+
+@dataclass
+class _Intervals:
+    seconds: list[float]
+    spent: dict[str, Any]
+    around: Neighbours
+
+
+def _consume(loader: Loader, seconds: float, warm_up: int, spans: Spans | None = None) -> tuple[_Intervals, list[int]]:
+    """Takes batches as fast as they come; seconds between them and the queue's length at each."""
+    for _ in range(warm_up):
+        next(loader)
+    assert loader._prefetcher is not None
+    waiting = loader._prefetcher._queue
+    taken: list[float] = []
+    queue: list[int] = []
+    before = spans.snapshot() if spans else {}
+    with Neighbours() as around:
+        last = start = time.perf_counter()
+        while last - start < seconds or len(taken) < WINDOWS:
+            queue.append(waiting.qsize())
+            next(loader)
+            now = time.perf_counter()
+            taken.append(now - last)
+            last = now
+    spent = {name: total.minus(before[name]) for name, total in spans.snapshot().items()} if spans else {}
+    return _Intervals(taken, spent, around), queue
+
+
+def _rates(intervals: list[float], rows: int) -> list[float]:
+    """Images per second in consecutive windows of equal numbers of batches."""
+    step = max(1, len(intervals) // WINDOWS)
+    parts = [intervals[at : at + step] for at in range(0, len(intervals) - step + 1, step)]
+    return [rows * len(part) / sum(part) for part in parts]
+
+
+def sweep(config: PretrainConfig, device: torch.device, workers: int, seconds: float) -> list[Setting]:
+    """Images per second with other numbers of threads, other batches and other shares for the JPEG engine, in turn."""
+    cores, batch = len(os.sched_getaffinity(0)), config.train.global_batch
+    trials = [("workers", float(count)) for count in sorted({1, max(1, workers // 2), workers, cores, 2 * cores})]
+    trials += [("batch", float(size)) for size in (max(1, batch // 2), 2 * batch)]
+    if device.type == "cuda" and config.data.decoder != "cpu":
+        trials += [("hw_decoder_load", share) for share in HARDWARE_SHARES]
+    rates: dict[tuple[str, float], list[float]] = {trial: [] for trial in trials}
+    for _ in range(2):
+        for name, value in trials:
+            rates[name, value] += _trial(config, device, name, value, seconds / len(trials) / 2)
+    return [Setting(name, value, Measured.of(found)) for (name, value), found in rates.items() if found]
+
+
+def _trial(config: PretrainConfig, device: torch.device, name: str, value: float, seconds: float) -> list[float]:
+    """Rates with one setting; none where the dataset is too small for the batch."""
+    data: dict[str, Any] = {"workers": int(value)} if name == "workers" else {}
+    if name == "batch":
+        config = with_options(config, train__global_batch=int(value) // config.data.repeats * config.data.repeats)
+    with hardware_share(value if name == "hw_decoder_load" else None):
+        try:
+            loader = open_loader(config, device, **data)
+        except ValueError:
+            return []
+        with loader:
+            intervals, _ = _consume(loader, seconds, warm_up=config.data.prefetch_batches + 2)
+            return _rates(intervals.seconds, loader.maker.feeder.local_batch)
+
+
+@contextmanager
+def hardware_share(share: float | None) -> Iterator[None]:
+    """Lets DALI give another share of the images to the JPEG engine for a while."""
+    usual = decode_dali.HARDWARE_SHARE
+    decode_dali.HARDWARE_SHARE = usual if share is None else share
+    try:
+        yield
+    finally:
+        decode_dali.HARDWARE_SHARE = usual
+
+
+def _free_bytes() -> int:
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -1,0 +1,57 @@
+"""loader and step profiles -> [profile_model] -> stages and servers for the verdict: who holds what for how long.
+
+Reader threads read, check, decode and resize. One more thread plans batches, moves them to the device and draws their
+masks. Planning and bookkeeping hold Python's lock. Everything on the host holds a core for its CPU time; a step on a
+CPU does too. A stage that may wait (storage, the copy to the device) holds its thread for the wall time; one that only
+computes for its CPU time, since what other programs took meanwhile is not its own. Storage counts as a resource where
+the shards do not fit the memory, so that every epoch reads it again.
+"""
+
+from collections.abc import Mapping
+
+from patchmill.tools.profile_loader import LoaderProfile, StageCost
+from patchmill.tools.verdict import CORES, DEVICE, FRONT, GIL, LINK, STEP, STORAGE, THREADS, Model, Stage
+
+DECODER = "decoder"
+"""DALI's graph, which has threads and queues of its own"""
+HOLDERS: Mapping[str, tuple[str, ...]] = {
+    "plan": (FRONT, GIL),
+    "storage": (THREADS,),
+    "checks": (THREADS,),
+    "decode": (THREADS,),
+    "resize": (THREADS,),
+    "bookkeeping": (THREADS, GIL),
+    "masks": (FRONT,),
+    "host copy": (FRONT,),
+}
+"""what a stage holds besides a core"""
+COMPUTES = ("checks", "decode", "resize", "bookkeeping")
+"""stages of the reader threads that never wait"""
+
+
+def loader_model(profile: LoaderProfile) -> Model:
+    """The loader by itself."""
+    stages = [_stage(cost, profile) for cost in profile.stages]
+    one = dict.fromkeys((FRONT, GIL, LINK, STORAGE, DECODER), 1.0)
+    return Model(stages, {THREADS: float(profile.workers), CORES: float(profile.cores), **one})
+
+
+def with_step(model: Model, seconds: float, cpu_seconds: float, spread: float) -> Model:
+    """The loader and a step that takes so many seconds, and CPU seconds of this host, for an image."""
+    step = Stage(STEP, {DEVICE: seconds, CORES: cpu_seconds}, spread)
+    return Model([*model.without(STEP).stages, step], {**model.servers, DEVICE: 1.0})
+
+
+def _stage(cost: StageCost, profile: LoaderProfile) -> Stage:
+    holders = HOLDERS[cost.name]
+    if cost.name == "decode" and profile.decoder != "cpu":
+        holders = (DECODER,) if profile.decoder == "dali" else (FRONT,)
+    computes = cost.name in COMPUTES and holders[0] == THREADS
+    held = cost.cpu if computes else cost.wall
+    holds = {CORES: cost.cpu.median} | dict.fromkeys(holders, held.median)
+    if cost.name == "host copy" and profile.link_seconds:
+        holds[LINK] = profile.link_seconds
+    if cost.name == "storage" and profile.storage and not profile.fits_memory:
+        cold = profile.storage["cold"]
+        holds |= {STORAGE: 1 / cold.images_per_s, THREADS: max(cost.wall.median, cold.p50_ms / 1e3)}
+    return Stage(cost.name, holds, held.spread)

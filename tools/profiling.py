@@ -1,0 +1,178 @@
+"""patchmill profile: what a run spends its time on, what binds it, what would relieve it; measured in two minutes.
+
+Modes measure (profile_loader, profile_step, profile_train, profile_kernels), the verdict is arithmetic on what they
+found (profile_model, verdict, profile_remedies), and the rest draws it (profile_tables, profile_pictures, ...).
+"""
+
+import argparse
+import os
+import shlex
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import tyro
+from rich.console import Console
+
+from patchmill.tools import cli, profile_report, profile_tables
+from patchmill.tools.profile_kernels import measure_kernels
+from patchmill.tools.profile_loader import LoaderProfile, measure_loader
+from patchmill.tools.profile_model import loader_model, with_step
+from patchmill.tools.profile_remedies import Remedy, Trial, measure_trials, remedies
+from patchmill.tools.profile_step import StepProfile, fitting_batch, measure_step
+from patchmill.tools.profile_train import TrainProfile, measure_train
+from patchmill.tools.timing import Neighbours
+from patchmill.tools.verdict import CORES, Model, Verdict, judge
+from patchmill.trainer.config import PretrainConfig
+from patchmill.trainer.config_file import from_toml
+from patchmill.trainer.recipes import RECIPES, get_recipe
+
+MODES = ("loader", "step", "train", "kernels", "all")
+EXAMPLE = """\
+Measures a loader, a step, the training loop or our operators, and says what binds, by how much, and what would help.
+
+  patchmill profile loader --recipe mae-vit-b16 --data.path shards/
+  patchmill profile all --recipe mae-vit-b16 --data.path shards/ --out before
+  patchmill profile all --config runs/b16/config.toml --out after
+  patchmill profile diff before after
+  torchrun --nproc-per-node 8 -m patchmill.tools.profiling train --recipe mae-vit-l16 --data.path shards/
+
+Modes: loader, step, train, kernels, all. --recipe NAME ({names}) or --config FILE gives the
+defaults of all options below, which are those of `patchmill pretrain`. Writes report.json, report.html, PNGs and
+trace.json.gz (for ui.perfetto.dev) to --out.
+"""
+
+
+@dataclass(frozen=True)
+class ProfileConfig:
+    """Options of measuring, and of the run that is measured."""
+
+    run: Annotated[PretrainConfig, tyro.conf.arg(name="")] = field(default_factory=PretrainConfig)
+    seconds: float = 30.0
+    """about how long each mode measures; warm-ups come on top"""
+    batch: int | None = None
+    """images of one device's step; unset: the recipe's own, on a CPU no more than about a second's work"""
+
+    def __post_init__(self) -> None:
+        if self.seconds <= 0:
+            raise ValueError(f"--seconds is {self.seconds}; it must be positive")
+        if self.batch is not None and self.batch < 1:
+            raise ValueError(f"--batch is {self.batch}; it must be at least 1")
+
+
+def main(argv: list[str]) -> int:
+    """Runs the command; argv[0] is its name."""
+    mode, *rest = argv[1:] or ["--help"]
+    if mode in ("-h", "--help"):
+        parse(["--help"])
+    if mode not in MODES:
+        raise ValueError(f"profile what? one of {', '.join(MODES)}, or diff A B; got {mode!r}")
+    options = parse(rest)
+    if mode not in ("step", "kernels") and not options.run.data.path:
+        raise ValueError("no data: give --data.path DIR, a folder that `patchmill shard` wrote")
+    report = measure(mode, options, shlex.join(["patchmill", "profile", mode, *rest]))
+    if report is None:
+        return 0
+    folder = Path(options.run.out)
+    profile_tables.show(report, Console())
+    print(f"report: {profile_report.write(report, folder)}")
+    return 0
+
+
+def parse(argv: list[str]) -> ProfileConfig:
+    """The options of a command line. Raises ValueError for what cannot be right."""
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--recipe")
+    first.add_argument("--config")
+    chosen, rest = first.parse_known_args(argv)
+    if chosen.recipe and chosen.config:
+        raise ValueError("--recipe and --config both give defaults; leave one out")
+    if not (chosen.recipe or chosen.config) and not {"-h", "--help"} & set(rest):
+        raise ValueError(f"say what to profile: --recipe NAME (one of {', '.join(RECIPES)}) or --config FILE")
+    run = from_toml(chosen.config) if chosen.config else get_recipe(chosen.recipe or "mae-vit-b16")
+    if not chosen.config:
+        rest = rest if "--out" in rest else [*rest, "--out", "profile"]
+    return tyro.cli(
+        ProfileConfig,
+        prog="patchmill profile MODE",
+        description=EXAMPLE.format(names=", ".join(RECIPES)),
+        default=ProfileConfig(run=run),
+        args=rest,
+    )
+
+
+def measure(mode: str, options: ProfileConfig, command: str) -> dict[str, Any] | None:
+    """Measures and judges; the report, None on every rank but the first."""
+    device = _device(options.run)
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    if ranks > 1 and mode != "train":
+        raise ValueError(f"profile {mode} measures one rank; start it without torchrun (train takes several)")
+    config = fitting_batch(options.run, device, options.batch)
+    folder = Path(config.out)
+    folder.mkdir(parents=True, exist_ok=True)
+    sections: dict[str, Any] = {}
+    say = Console(stderr=True).print if _is_first() else _say_nothing
+    with Neighbours() as around:
+        if mode in ("kernels", "all"):
+            say("[dim]measuring our operators")
+            sections["kernels"] = measure_kernels(config, device)
+        if mode in ("step", "all"):
+            say("[dim]measuring the step")
+            sections["step"] = measure_step(config, device, options.seconds, folder / "trace.json.gz")
+        trials: list[Trial] = []
+        if mode in ("loader", "all"):
+            say("[dim]measuring the loader")
+            sections["loader"] = measure_loader(config, device, options.seconds)
+            trials = measure_trials(config, device, options.seconds / 6)
+        if mode in ("train", "all"):
+            say("[dim]running the training loop")
+            sections["train"] = measure_train(config, device, options.seconds)
+    if not _is_first():
+        return None
+    sections["around"] = around
+    model, verdict, found = conclude(sections, trials, config)
+    sections.pop("around")
+    return profile_report.make(mode, command, config, device, sections, model, verdict, found)
+
+
+def conclude(
+    sections: dict[str, Any], trials: list[Trial], config: PretrainConfig
+) -> tuple[Model | None, Verdict | None, list[Remedy]]:
+    """What the measurements mean: the model of the stages, what binds, and what would help."""
+    loader: LoaderProfile | None = sections.get("loader")
+    step: StepProfile | None = sections.get("step")
+    train: TrainProfile | None = sections.get("train")
+    noise = sections["around"].noise
+    model: Model | None = None
+    if loader is not None:
+        model = loader_model(loader)
+    if step is not None:
+        base = model or Model([], {CORES: float(len(os.sched_getaffinity(0)))})
+        model = with_step(base, step.seconds_per_image, step.cpu_seconds / step.batch, step.seconds.spread)
+    measured = loader.together.images_per_s.median if loader is not None and step is None else None
+    verdict = judge(model, noise, measured) if model is not None else None
+    if train is not None and (model is None or len(train.ranks) > 1):
+        model, verdict = train.model(), train.judge(noise)
+    found = remedies(model, [*trials, *(step.trials if step else [])], config.data.repeats) if model else []
+    return model, verdict, found
+
+
+def _device(config: PretrainConfig) -> torch.device:
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device cuda was asked for but torch sees no CUDA device; use --device cpu")
+    kind = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
+    return torch.device(kind, int(os.environ.get("LOCAL_RANK", "0"))) if kind == "cuda" else torch.device("cpu")
+
+
+def _is_first() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _say_nothing(*_: object) -> None:
+    pass
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run("profile", sys.argv[1:]))
