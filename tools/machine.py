@@ -2,6 +2,7 @@
 
 import os
 import platform
+import shutil
 import subprocess
 import time
 from importlib.metadata import PackageNotFoundError, version
@@ -18,10 +19,11 @@ def processor() -> str:
 
 def commit() -> str:
     """The commit of the checkout, with `+` if files differ from it; outside a repository $COMMIT, or `unknown`."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty=+"]
-    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or os.environ.get(
-        "COMMIT", "unknown"
-    )
+    if shutil.which("git"):
+        command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty=+"]
+        if found := subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip():
+            return found
+    return os.environ.get("COMMIT", "unknown")
 
 
 def versions(*packages: str) -> str:
