@@ -15,7 +15,7 @@ from patchmill.tools import cli
 from patchmill.trainer import checkpoint
 from patchmill.trainer.interop import write_checkpoint
 from patchmill.trainer.metrics import SPECTRA, read_lines, read_metrics
-from patchmill.trainer.pretrain import _open_loader, pretrain
+from patchmill.trainer.pretrain import open_loader, pretrain
 from patchmill.trainer.recipes import get_recipe, with_options
 from patchmill.trainer.spectrum import take_spectrum
 from patchmill.trainer.world import World
@@ -119,7 +119,7 @@ def test_its_lines_are_those_of_the_batch_that_was_trained_on(dataset, runs):
     lines = read_lines(runs / "one" / SPECTRA)
     assert [(line["step"], line["epoch"], line["images"]) for line in lines] == [(5, 1.0, 8), (10, 2.0, 8)]
     model, _ = checkpoint.load_model(checkpoint.folder(runs / "one", 10))
-    with _open_loader(config_of(dataset, runs / "again"), World(0, 1, torch.device("cpu"))) as loader:
+    with open_loader(config_of(dataset, runs / "again"), World(0, 1, torch.device("cpu"))) as loader:
         loader.seek(1, 4)  # the tenth step's batch
         batch = next(loader)
     with torch.no_grad():
