@@ -1,6 +1,7 @@
 """Any image trains and is reconstructed: 448 px, 1 and 5 channels, oblong, patch 14 and patch 2, from shards to PNG."""
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from patchmill.trainer.pretrain import pretrain
 from patchmill.trainer.recipes import get_recipe, with_options
 from photos import make_dataset, photograph
 
-SHAPES = {
+SHAPES: dict[str, dict[str, Any]] = {
     "448 px": {"image_size": 448, "patch_size": 14},
     "1 channel": {"image_size": 32, "patch_size": 8, "channels": 1, "mean": (0.4,), "std": (0.3,)},
     "5 channels": {"image_size": 32, "patch_size": 8, "channels": 5, "mean": (0.4,) * 5, "std": (0.3,) * 5},

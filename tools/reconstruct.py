@@ -5,7 +5,7 @@ import inspect
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import tyro
 
@@ -105,8 +105,11 @@ def parse_mask(text: str, default: MaskConfig) -> MaskConfig:
     kind, _, ratio = text.partition(":")
     if kind not in KINDS and not ratio:
         kind, ratio = default.kind, kind
+    changes: dict[str, Any] = {"kind": kind}
     try:
-        return dataclasses.replace(default, kind=kind, ratio=float(ratio) if ratio else default.ratio)
+        if ratio:
+            changes["ratio"] = float(ratio)
+        return dataclasses.replace(default, **changes)
     except ValueError as error:
         kinds = ", ".join(KINDS)
         raise ValueError(f"--masks {text!r}: give a ratio (0.85), a kind ({kinds}) or both (block:0.5)") from error

@@ -4,6 +4,7 @@ A run's config is resolved once, checked here, saved beside the run as config.to
 Names carry their unit (`_steps`, `_epochs`); an unset option is an absent key.
 """
 
+import dataclasses
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -11,6 +12,7 @@ from patchmill.pipeline.choices import check_choices
 from patchmill.pipeline.data_config import DataConfig
 from patchmill.pipeline.masks import MaskConfig
 from patchmill.trainer.online_config import OnlineEvalConfig
+from patchmill.trainer.size_schedule import Schedule, check_schedule
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -180,6 +182,8 @@ class TrainConfig:
     """length of the run in updates, instead of total_epochs"""
     total_images: int | None = None
     """length of the run in images, instead of total_epochs"""
+    size_schedule: Schedule = ()
+    """growing image sizes: from which share of the run, how many pixels, ...; the last is model.image_size"""
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     """matrix products in bf16 or fp16 with fp32 weights, or all in fp32; auto: bf16 where the hardware has it"""
     fp8: bool = False
@@ -266,16 +270,24 @@ class PretrainConfig:
     """of weights, order, crops, flips and masks"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: cuda where there is one"""
+    init: str = ""
+    """weights to begin from instead of the seed's: a run, or a file or folder of any format that `patchmill import`
+    reads (facebookresearch/mae, timm, transformers, ...); a resumed run does not read it again"""
     resume: str = "auto"
     """auto (newest valid checkpoint in the run folder), never, or a checkpoint's path"""
 
     def __post_init__(self) -> None:
         if not 0 <= self.seed < 2**64:
             raise ValueError(f"seed is {self.seed}; it must fit 64 bits without a sign")
-        kept, patches = self.mask.kept(self.model.grid_hw), self.model.num_patches
-        if not 0 < kept < patches:
-            what = "nothing" if kept == patches else "everything"
-            raise ValueError(f"mask.kind {self.mask.kind} with mask.ratio {self.mask.ratio} masks {what}; change them")
+        check_schedule(self.train.size_schedule, self.model.image_size, self.model.patch_size)
+        for _, size in self.train.size_schedule or ((0, self.model.image_size),):
+            model = dataclasses.replace(self.model, image_size=size)
+            kept, patches = self.mask.kept(model.grid_hw), model.num_patches
+            if not 0 < kept < patches:
+                what = "nothing" if kept == patches else "everything"
+                raise ValueError(
+                    f"mask.kind {self.mask.kind} with mask.ratio {self.mask.ratio} masks {what}; change them"
+                )
         if self.model.target == "dvae" and self.train.picture_every_epochs:
             raise ValueError("train.picture_every_epochs: a model of dvae tokens cannot be drawn; leave it out")
         if self.eval.every_epochs is not None and self.train.parallel != "ddp":

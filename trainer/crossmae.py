@@ -87,7 +87,7 @@ class CrossMAE(VisionTransformer):
 
     def decode(self, latent_BND: Tensor, plan: MaskPlan) -> Tensor:
         """Features [B, 1 + K, D] -> predicted values of the masked patches [B, M, T], in mask order."""
-        x_BME = self.mask_token + self.decoder_pos_embed[0, 1:][plan.ids_mask]
+        x_BME = self.mask_token + self.positions(self.decoder_pos_embed)[0, 1:][plan.ids_mask]
         for block in self.decoder_blocks:
             x_BME = block(x_BME, latent_BND)
         return self.decoder_pred(self.decoder_norm(x_BME))

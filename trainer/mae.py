@@ -72,7 +72,8 @@ class MaskedAutoencoder(VisionTransformer):
     def decode(self, latent_BND: Tensor, plan: MaskPlan) -> Tensor:
         """Features [B, 1 + K, D] -> predicted values of the masked patches [B, M, T], in mask order."""
         x_BNE = self.decoder_embed(latent_BND)
-        x_BNE = unshuffle(x_BNE, self.mask_token.view(-1), self.decoder_pos_embed[0], plan.ids_restore, num_prefix=1)
+        positions_NE = self.positions(self.decoder_pos_embed)[0]
+        x_BNE = unshuffle(x_BNE, self.mask_token.view(-1), positions_NE, plan.ids_restore, num_prefix=1)
         return self.predict(x_BNE, plan.ids_mask)
 
     def predict(self, x_BNE: Tensor, ids_mask_BM: Tensor) -> Tensor:

@@ -43,7 +43,7 @@ class MaskTokenAutoencoder(MaskedAutoencoder):
 
     def decode(self, latent_BND: Tensor, plan: MaskPlan) -> Tensor:
         """Features [B, 1 + L, D] -> predicted values of the masked patches [B, M, T], in mask order."""
-        return self.predict(self.decoder_embed(latent_BND) + self.decoder_pos_embed, plan.ids_mask)
+        return self.predict(self.decoder_embed(latent_BND) + self.positions(self.decoder_pos_embed), plan.ids_mask)
 
 
 class SimMIM(VisionTransformer):
@@ -77,5 +77,5 @@ def encode_with_mask_tokens(
     dtype = model.pos_embed.dtype
     patches_BKP = gather_patches(images_BHWC, plan.ids_keep, c.patch_size, c.mean, c.std, dtype)
     tokens_BKD = model.patch_embed(patches_BKP).to(dtype)  # positions are added unrounded, as in MAE's encoder
-    positions_LD = model.pos_embed[0, 1:]
+    positions_LD = model.positions(model.pos_embed)[0, 1:]
     return model.transform(unshuffle(tokens_BKD, mask_token_11D.view(-1), positions_LD, plan.ids_restore))

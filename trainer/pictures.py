@@ -43,7 +43,7 @@ def reconstruct(model: VisionTransformer, images_BHWC: Tensor, plan: MaskPlan) -
     visible_BKP = gather_patches(images_BHWC, plan.ids_keep, c.patch_size, *unit, torch.float32) * 255
     hidden_BMP = torch.full_like(levels_BMP, GREY)
     return tuple(
-        _unpatchify(torch.cat([visible_BKP.round(), filling], dim=1), plan, c.grid_hw, c.patch_size)
+        _unpatchify(torch.cat([visible_BKP.round(), filling], dim=1), plan, model.grid_hw, c.patch_size)
         for filling in (hidden_BMP, levels_BMP)
     )  # type: ignore[return-value]
 

@@ -28,10 +28,12 @@ from patchmill.trainer.run_folder import open_run, write_status
 from patchmill.trainer.saver import Saver
 from patchmill.trainer.sheets import Column, write_sheet
 from patchmill.trainer.signals import stop_on_signals
+from patchmill.trainer.size_schedule import first_steps, size_at
 from patchmill.trainer.spectrum import batch_features, take_spectrum
 from patchmill.trainer.step import Guard, StepValues, set_learning_rate, update
 from patchmill.trainer.target_files import load_target
 from patchmill.trainer.vit import VisionTransformer
+from patchmill.trainer.warm_start import begin_from
 from patchmill.trainer.world import StopVote, World, autocast_dtype, joined_world
 
 PICTURE_IMAGES = 8
@@ -56,6 +58,8 @@ class Summary(NamedTuple):
     total_steps: int
     interrupted: str | None
     """name of the signal that stopped it, None when it came to its end"""
+    began_from: str | None
+    """what was taken of config.init, None where nothing was"""
     resumed_from: Path | None
     damaged: list[checkpoint.Damage]
     bad_samples: int
@@ -91,16 +95,20 @@ def pretrain(config: PretrainConfig, on_progress: Callable[[Progress], None] = l
         online = OnlineEvaluation(config.eval, config.data, world) if config.eval.every_epochs else None
         trainee = build_trainee(config, world)
         start, resumed_from, damaged = _resume(config, world, trainee, loader)
+        began_from = begin_from(trainee.model, config.init) if config.init and resumed_from is None else None
         total_steps, run = config.train.steps(loader.steps_per_epoch), Path(config.out)
         if start > total_steps:
             raise ValueError(f"{resumed_from} is past the end of this run ({total_steps} steps); give it more steps")
+        phases = first_steps(config.train.size_schedule, loader.steps_per_epoch, total_steps)
         if world.is_first:
             open_run(run, config, start)
             write_status(run, "running", start, total_steps)
         world.barrier()
         metrics = _metrics(config, world)
         try:
-            step = _train(config, world, trainee, loader, metrics, online, start, total_steps, stop, on_progress)
+            step = _train(
+                config, world, trainee, loader, metrics, online, phases, start, total_steps, stop, on_progress
+            )
         except (OSError, ValueError, ArithmeticError, RuntimeError) as error:
             if world.is_first:
                 write_status(run, "failed", int(metrics.latest.get("step", start)), total_steps, str(error))
@@ -115,6 +123,7 @@ def pretrain(config: PretrainConfig, on_progress: Callable[[Progress], None] = l
             step,
             total_steps,
             interrupted,
+            began_from,
             resumed_from,
             damaged,
             loader.bad_samples,
@@ -131,6 +140,7 @@ def _train(
     loader: Loader,
     metrics: Metrics,
     online: OnlineEvaluation | None,
+    phases: list[tuple[int, int]],
     start: int,
     total_steps: int,
     stop: list[str],
@@ -147,9 +157,20 @@ def _train(
         steps_per_epoch=per_epoch,
         total_epochs=total_steps / per_epoch,
     )
+
+    def flush() -> None:
+        watched = mask_token_norm(model)
+        if phases:
+            watched["image_size"] = torch.tensor(model.input_hw[0])
+        metrics.flush(loader.wait_seconds, **watched)
+        _check_skipped(metrics, train.max_skipped_steps)
+
     metrics.start(loader.wait_seconds)
     step, ending = start, start == total_steps
     while not ending:
+        if phases and model.input_hw[0] != size_at(phases, step):
+            flush()
+            _take_size(size_at(phases, step), config, model, loader, metrics)
         batch = next(loader)
         set_learning_rate(trainee.optimizer, rate(step))
         values = trainee.update(batch)
@@ -160,8 +181,7 @@ def _train(
         due = online is not None and online.is_due(step, per_epoch) and not stopped
         spread = train.spectrum_every_epochs and _crosses(step, train.spectrum_every_epochs * per_epoch)
         if ending or due or spread or step % train.log_every_steps == 0:
-            metrics.flush(loader.wait_seconds, **mask_token_norm(model))
-            _check_skipped(metrics, train.max_skipped_steps)
+            flush()
         if online is not None and due:  # before the checkpoint, which then stands for it too
             found = online(model, autocast_dtype(train.precision, world.device))
             metrics.add_evaluation(step, step / per_epoch, found)
@@ -243,6 +263,13 @@ def _metrics(config: PretrainConfig, world: World) -> Metrics:
         wandb=config.train.wandb,
         uniformity_weight=config.model.uniformity_weight,
     )
+
+
+def _take_size(size: int, config: PretrainConfig, model: VisionTransformer, loader: Loader, metrics: Metrics) -> None:
+    """Goes over to square images of another size: the loader, the model's positions, and what an image costs."""
+    loader.set_image_size((size, size))
+    model.input_hw = (size, size)
+    metrics.flops_per_image = train_flops_per_image(dataclasses.replace(config.model, image_size=size), config.mask)
 
 
 def _resume(

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from patchmill.kernels.gather import gather_patches, gather_tokens
 from patchmill.pipeline.masks import MaskPlan
 from patchmill.trainer.config import ModelConfig
+from patchmill.trainer.resize import interpolate_positions
 from patchmill.trainer.targets import Target
 
 LAYER_NORM_EPS = 1e-6
@@ -119,12 +120,23 @@ class VisionTransformer(nn.Module):
         self.patch_embed = PatchEmbed(c.patch_size, c.channels, c.embed_dim)
         self.blocks = nn.ModuleList(Block(c.embed_dim, c.num_heads, c.mlp_ratio) for _ in range(c.depth))
         self.norm = nn.LayerNorm(c.embed_dim, eps=LAYER_NORM_EPS)
+        self.input_hw = c.image_hw
+        """height and width of the images that are taken now: a run of growing sizes trains on smaller ones at first"""
+
+    @property
+    def grid_hw(self) -> tuple[int, int]:
+        """Patches down and across of the images that are taken now."""
+        return self.input_hw[0] // self.config.patch_size, self.input_hw[1] // self.config.patch_size
+
+    def positions(self, table_1ND: Tensor) -> Tensor:
+        """A position table of the model for the images that are taken now: itself, or interpolated (resize.py)."""
+        return interpolate_positions(table_1ND, self.config.grid_hw, self.grid_hw)
 
     def encode(self, images_BHWC: Tensor, ids_keep_BK: Tensor) -> Tensor:
         """uint8 images and the patches to look at (int32) -> normed features [B, 1 + K, D], class token first."""
         c = self.config
         patches_BKP = gather_patches(images_BHWC, ids_keep_BK, c.patch_size, c.mean, c.std, self.pos_embed.dtype)
-        return self.transform(self.patch_embed(patches_BKP) + self.pos_embed[0, 1:][ids_keep_BK])
+        return self.transform(self.patch_embed(patches_BKP) + self.positions(self.pos_embed)[0, 1:][ids_keep_BK])
 
     def transform(self, tokens_BKD: Tensor) -> Tensor:
         """Tokens with their positions [B, K, D] -> normed features [B, 1 + K, D], class token first."""
@@ -136,15 +148,15 @@ class VisionTransformer(nn.Module):
 
     def check(self, images_BHWC: Tensor, plan: MaskPlan) -> None:
         """Raises ValueError for images or a plan of another size than the model's."""
-        c = self.config
-        wanted = (*c.image_hw, c.channels)
+        wanted = (*self.input_hw, self.config.channels)
         if tuple(images_BHWC.shape[1:]) != wanted:
             raise ValueError(
                 f"images are {tuple(images_BHWC.shape)}; the model wants [B, {wanted[0]}, {wanted[1]}, {wanted[2]}] "
                 "(height, width and channels last): set the loader's image size to the model's"
             )
-        if plan.ids_restore.shape[1] != c.num_patches:
-            raise ValueError(f"the mask plan has {plan.ids_restore.shape[1]} patches; the model has {c.num_patches}")
+        patches = self.grid_hw[0] * self.grid_hw[1]
+        if plan.ids_restore.shape[1] != patches:
+            raise ValueError(f"the mask plan has {plan.ids_restore.shape[1]} patches; the model has {patches}")
 
 
 def sincos_positions(dim: int, grid_hw: tuple[int, int], num_prefix: int = 1) -> Tensor:
