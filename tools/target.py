@@ -1,0 +1,186 @@
+"""patchmill target: shards -> a file of what a model is to predict: a PCA basis, k-means codes, or dVAE tokens.
+
+The fit is trainer/target_fit.py; here are the command line and what a person sees of it.
+"""
+
+import argparse
+import dataclasses
+import inspect
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+import tyro
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from patchmill.pipeline.data_config import DataConfig
+from patchmill.pipeline.loader import build_loader
+from patchmill.pipeline.masks import MaskConfig
+from patchmill.tools import cli
+from patchmill.tools.whole import whole_file
+from patchmill.trainer.config import ModelConfig
+from patchmill.trainer.dvae import DVAETokenizer
+from patchmill.trainer.recipes import get_recipe
+from patchmill.trainer.target_files import write_target
+from patchmill.trainer.target_fit import Covariance, first_codes, k_means, principal_components
+from patchmill.trainer.targets import target_patches
+from patchmill.trainer.world import join_world
+
+BATCH = 64
+"""images at a time"""
+
+
+@dataclass(frozen=True)
+class TargetConfig:
+    """Makes the file that `patchmill pretrain --target-path` takes: what a model is to predict instead of pixels.
+
+    pca fits principal components to all patches of some images, kmeans fits codes to some patches of them; both see the
+    crops that training sees. dvae checks a safetensors file with the tensors of DALL-E's encoder (docs/methods.md says
+    how to make one) and needs no data. --recipe NAME gives the model: patch size, width and normalisation must agree.
+
+    Example:
+        patchmill target pca    --recipe table1-d-pca --data.path shards/ --out pca.safetensors
+        patchmill target kmeans --recipe mae-vit-b16  --data.path shards/ --out kmeans.safetensors
+        patchmill target dvae   --weights dalle_encoder.safetensors --out dvae.safetensors
+        patchmill pretrain --recipe table1-d-pca --data.path shards/ --target-path pca.safetensors --out runs/pca
+    """
+
+    kind: tyro.conf.Positional[Literal["pca", "kmeans", "dvae"]]
+    out: str
+    """file to write, .safetensors"""
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    width: int = 0
+    """coefficients or codes; 0: as the recipe has it, else 96 and 8192"""
+    images: int = 10_000
+    """images that are looked at (fewer where an epoch has fewer)"""
+    patches: int = 262_144
+    """of kmeans: patches that codes are fitted to, equally many from each image"""
+    rounds: int = 30
+    """of kmeans: at most so many rounds of Lloyd's algorithm"""
+    weights: str = ""
+    """of dvae: safetensors file with the encoder's tensors under their published names"""
+    seed: int = 0
+    """of order, crops, patches and first codes"""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+
+    def __post_init__(self) -> None:
+        for name in ("images", "patches", "rounds"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name} is {getattr(self, name)}; it must be at least 1")
+
+
+def main(argv: list[str]) -> int:
+    """Runs the command."""
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--recipe", default="mae-vit-b16")
+    chosen, rest = first.parse_known_args(argv)
+    recipe = get_recipe(chosen.recipe)
+    about = inspect.getdoc(TargetConfig)  # given apart, since tyro leaves out the example
+    config = tyro.cli(
+        TargetConfig,
+        prog="patchmill target",
+        description=about,
+        default=TargetConfig(kind=tyro.MISSING, out=tyro.MISSING, data=recipe.data, model=recipe.model),
+        args=rest,
+    )
+    if Path(config.out).suffix != ".safetensors":
+        raise ValueError(f"--out {config.out} must end in .safetensors")
+    width = config.width or (config.model.target_width if config.model.target == config.kind else 0)
+    model = dataclasses.replace(config.model, target=config.kind, target_width=width)
+    tensors, summary = _read_dvae(config.weights) if config.kind == "dvae" else _fit(config, model)
+    with whole_file(Path(config.out)) as path:
+        write_target(tensors, model, path)
+    print(f"wrote {config.out}: {summary}")
+    print(f"train with it: patchmill pretrain --model.target {config.kind} --target-path {config.out} ...")
+    return 0
+
+
+def _fit(config: TargetConfig, model: ModelConfig) -> tuple[dict[str, Tensor], str]:
+    """The tensors of a fitted target, and a line on how well it fits."""
+    if not config.data.path:
+        raise ValueError("no data: give --data.path DIR, a folder that `patchmill shard` wrote")
+    device = join_world(config.device).device
+    with _progress() as bar:
+        if config.kind == "pca":
+            covariance = Covariance()
+            for patches_BLP in _patches(config, model, device, model.num_patches, bar):
+                covariance.add(patches_BLP.flatten(0, 1))
+            found = principal_components(covariance, model.pred_dim)
+            summary = (
+                f"{model.pred_dim} components of {covariance.count:,} patches explain {found.explained.sum():.2%} of "
+                f"their variance (the first {found.explained[0]:.2%}, the last {found.explained[-1]:.4%})"
+            )
+            return {"mean": found.mean.cpu(), "basis": found.basis.cpu()}, summary
+        per_image = min(model.num_patches, -(-config.patches // config.images))
+        every = [patches_BKP.flatten(0, 1) for patches_BKP in _patches(config, model, device, per_image, bar)]
+        patches_NP = torch.cat(every)[: config.patches]
+        task = bar.add_task("rounds", total=config.rounds)
+        start_VP = first_codes(patches_NP, model.pred_dim, config.seed)
+        book = k_means(patches_NP, start_VP, config.rounds, lambda number, error: bar.update(task, completed=number))
+        spread = float((patches_NP - patches_NP.mean(0)).square().sum(1).mean())
+        summary = (
+            f"{model.pred_dim} codes ({book.used} used) of {len(patches_NP):,} patches after {book.rounds} rounds "
+            f"explain {1 - book.error / spread:.2%} of their variance"
+        )
+        return {"tokenizer.codebook": book.codes.cpu()}, summary
+
+
+def _patches(
+    config: TargetConfig, model: ModelConfig, device: torch.device, per_image: int, bar: Progress
+) -> Iterator[Tensor]:
+    """fp32 [B, per_image, P] batch by batch: random patches of each training crop, normalised as the model's."""
+    with build_loader(
+        dataclasses.replace(config.data, last_batch="fill"),
+        image_size=model.image_size,
+        patch_size=model.patch_size,
+        channels=model.channels,
+        mask=MaskConfig("random", 0.0),
+        seed=config.seed,
+        global_batch=BATCH,
+        device=device,
+    ) as loader:
+        batches = min(-(-config.images // BATCH), loader.steps_per_epoch)
+        for _, batch in zip(bar.track(range(batches), description="batches"), loader, strict=False):
+            yield target_patches(batch.images, batch.plan.ids_keep[:, :per_image].contiguous(), model)
+
+
+def _read_dvae(path: str) -> tuple[dict[str, Tensor], str]:
+    """The tensors of DALL-E's encoder, checked against its published shapes."""
+    if not path:
+        raise ValueError("give --weights FILE: DALL-E's encoder as safetensors; docs/methods.md says how to make it")
+    try:
+        found = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"--weights {path} is no safetensors file ({error}); a pickle is never opened") from error
+    with torch.device("meta"):
+        wanted = DVAETokenizer(ModelConfig()).state_dict()
+    wrong = [name for name, tensor in wanted.items() if name not in found or found[name].shape != tensor.shape]
+    if wrong or len(found) != len(wanted):
+        raise ValueError(
+            f"--weights {path} does not hold DALL-E's encoder: {len(wrong)} of {len(wanted)} tensors are missing or of "
+            f"another shape{f', the first is {wrong[0]}' if wrong else ''}, and {len(found)} are there"
+        )
+    tensors = {f"tokenizer.{name}": tensor.float() for name, tensor in found.items()}
+    return tensors, f"DALL-E's encoder, {sum(t.numel() for t in tensors.values()):,} values"
+
+
+def _progress() -> Progress:
+    return Progress(
+        TextColumn("[bold]{task.description}"),
+        BarColumn(bar_width=None),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run("target", sys.argv[1:]))
