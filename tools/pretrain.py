@@ -130,6 +130,8 @@ def report(summary: Summary) -> None:
     table.add_column(overflow="fold")
     how = f"stopped by {summary.interrupted}" if summary.interrupted else "complete"
     table.add_row("run", f"{summary.step} of {summary.total_steps} steps, {how}")
+    if summary.began_from:
+        table.add_row("began from", summary.began_from)
     if summary.resumed_from:
         table.add_row("resumed from", str(summary.resumed_from))
     last = summary.latest

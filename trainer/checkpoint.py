@@ -188,7 +188,9 @@ def restore(path: Path, model: VisionTransformer, optimizer: torch.optim.Optimiz
     for name, parameter in _trained(model, optimizer):
         for key in (key for key in OPTIMIZER_KEYS if key in held):
             value = _fitting(tensors, f"{key}.{name}", () if key == "step" else parameter.shape, path)
-            optimizer.state[parameter][key] = value.to(parameter.device) if key == "step" else _like(value, parameter)
+            optimizer.state[parameter][key] = (
+                value.to(parameter.device) if key == "step" else shard_like(value, parameter)
+            )
     for name, value in guard.state.items():
         value.copy_(_fitting(tensors, f"guard.{name}", (), path))
     for group, steps in zip(optimizer.param_groups, state["group_steps"], strict=True):
@@ -224,7 +226,7 @@ def _fitting(tensors: dict[str, Tensor], name: str, shape: tuple[int, ...], path
     return value
 
 
-def _like(full: Tensor, target: Any) -> Tensor:
+def shard_like(full: Tensor, target: Any) -> Tensor:
     """A whole tensor on the device of `target` (a tensor), sharded as it is."""
     if not hasattr(target, "full_tensor"):
         return full.to(target.device)
@@ -326,7 +328,7 @@ def load_weights(path: Path, model: nn.Module) -> None:
         raise ValueError(f"{path} does not fit the model: {'; '.join(wrong[:5])}{more}")
     with torch.no_grad():
         for name, target in wanted.items():  # a state dict's tensors are the model's own
-            target.copy_(_like(tensors[name], target))
+            target.copy_(shard_like(tensors[name], target))
 
 
 def _trained(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[tuple[str, nn.Parameter]]:
