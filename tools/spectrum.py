@@ -103,10 +103,10 @@ def checkpoint_spectrum(config: SpectrumConfig, checkpoint: str, world: World) -
 
 
 def _print(found: dict[str, Spectrum]) -> None:
-    table = Table(box=None, pad_edge=False)
+    table = Table(box=None, pad_edge=False, caption="largest, median and smallest singular value")
     table.add_column("", overflow="fold")
-    for title in ("effective rank", "of", "largest", "median", "smallest singular value"):
-        table.add_column(title, justify="right")
+    for title in ("effective rank", "of", "largest", "median", "smallest"):
+        table.add_column(title, justify="right", no_wrap=True)
     for name, (rank, values, _) in found.items():
         shown = [f"{value:.3g}" for value in (values[0], values[len(values) // 2], values[-1])] if values else [""] * 3
         table.add_row(name, f"{rank:.1f}", str(len(values)), *shown)
