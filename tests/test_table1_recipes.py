@@ -29,7 +29,7 @@ def dataset(tmp_path_factory):
 
 def differences(config, other=DEFAULT, prefix=""):
     """Options that differ, by name."""
-    found = {}
+    found: dict[str, Any] = {}
     for field in dataclasses.fields(config):
         a, b = getattr(config, field.name), getattr(other, field.name)
         if dataclasses.is_dataclass(a):
