@@ -21,8 +21,9 @@ from patchmill.tools.profile_remedies import Trial
 from patchmill.tools.timing import Measured, copy_bytes_per_second, matmul_flops_per_second, wait_for
 from patchmill.tools.verdict import STEP
 from patchmill.trainer.config import PretrainConfig
+from patchmill.trainer.loop import Trainee
 from patchmill.trainer.metrics import device_peak, peak_memory_gb, train_flops_per_image
-from patchmill.trainer.pretrain import Trainee, build_trainee
+from patchmill.trainer.pretrain import build_trainee
 from patchmill.trainer.recipes import with_options
 from patchmill.trainer.step import set_learning_rate
 from patchmill.trainer.world import World, autocast_dtype, hold_memory

@@ -24,6 +24,7 @@ from patchmill.tools.timing import Measured, Neighbours
 from patchmill.tools.verdict import CORES, DEVICE, FRONT, STEP, THREADS, Model, Stage, Verdict, judge, straggler
 from patchmill.trainer import pretrain
 from patchmill.trainer.config import PretrainConfig
+from patchmill.trainer.loop import Progress
 from patchmill.trainer.metrics import Metrics
 from patchmill.trainer.recipes import with_options
 from patchmill.trainer.step import update
@@ -147,7 +148,7 @@ class _Watcher:
         self.updates.append(time.perf_counter() - start)
         return values
 
-    def progress(self, _: pretrain.Progress) -> None:
+    def progress(self, _: Progress) -> None:
         """After each step."""
         assert self.loader is not None
         now = time.perf_counter()

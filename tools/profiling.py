@@ -20,11 +20,14 @@ from patchmill.tools import cli, profile_report, profile_tables
 from patchmill.tools.profile_kernels import measure_kernels
 from patchmill.tools.profile_loader import LoaderProfile, measure_loader
 from patchmill.tools.profile_model import loader_model, with_step
+from patchmill.tools.profile_page import page
+from patchmill.tools.profile_pictures import write_pngs
 from patchmill.tools.profile_remedies import Remedy, Trial, measure_trials, remedies
 from patchmill.tools.profile_step import StepProfile, fitting_batch, measure_step
 from patchmill.tools.profile_train import TrainProfile, measure_train
 from patchmill.tools.timing import Neighbours
 from patchmill.tools.verdict import CORES, Model, Verdict, judge
+from patchmill.tools.whole import whole_file
 from patchmill.trainer.config import PretrainConfig
 from patchmill.trainer.config_file import from_toml
 from patchmill.trainer.recipes import RECIPES, get_recipe
@@ -76,8 +79,12 @@ def main(argv: list[str]) -> int:
     if report is None:
         return 0
     folder = Path(options.run.out)
+    profile_report.write(report, folder)
+    write_pngs(report, folder)
+    with whole_file(folder / "report.html") as path:
+        path.write_text(page(report), encoding="utf-8")
     profile_tables.show(report, Console())
-    print(f"report: {profile_report.write(report, folder)}")
+    print(f"report: {folder / 'report.html'}")
     return 0
 
 
