@@ -54,6 +54,7 @@ def test_a_run_begins_with_the_weights_of_another(dataset, first, tmp_path):
     run = tmp_path / "run"
     still = {"init": str(first), "optim__blr": 1e-30, "optim__weight_decay": 0.0, "train__save_every_steps": 1}
     summary = pretrain(config_of(dataset, run, **still))
+    assert summary.began_from is not None
     assert summary.began_from.endswith("model.safetensors: encoder and decoder")
     before, after = weights(first, 2), weights(run, 2)
     assert all(torch.equal(before[name], after[name]) for name in before)

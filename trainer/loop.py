@@ -1,0 +1,175 @@
+"""trainee, loader -> [loop] -> metrics, checkpoints, pictures: one update after another, and what is seen to between.
+
+What is looked at on the way (evaluation, spectrum, picture) draws nothing and changes nothing, so that the trajectory
+is the same without it; the clock of images/s stands still meanwhile.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from patchmill.pipeline.batch import Batch
+from patchmill.pipeline.loader import Loader
+from patchmill.trainer.config import PretrainConfig
+from patchmill.trainer.evaluate import OnlineEvaluation
+from patchmill.trainer.metrics import Metrics, mask_token_norm, train_flops_per_image
+from patchmill.trainer.optim import learning_rate
+from patchmill.trainer.pictures import reconstruct
+from patchmill.trainer.saver import Saver
+from patchmill.trainer.sheets import Column, write_sheet
+from patchmill.trainer.size_schedule import first_steps, size_at
+from patchmill.trainer.spectrum import batch_features, take_spectrum
+from patchmill.trainer.step import Guard, StepValues, set_learning_rate
+from patchmill.trainer.vit import VisionTransformer
+from patchmill.trainer.world import StopVote, World, autocast_dtype
+
+PICTURE_IMAGES = 8
+
+
+class Progress(NamedTuple):
+    """Where a run stands, for whoever draws it."""
+
+    step: int
+    total_steps: int
+    latest: dict[str, float]
+    """the newest line of metrics.jsonl; empty until the first log step"""
+    evaluation: dict[str, float]
+    """the newest line of evaluations.jsonl; empty until there is one"""
+
+
+class Trainee(NamedTuple):
+    """What is trained, and all of its state but the loader's."""
+
+    model: VisionTransformer
+    optimizer: torch.optim.Optimizer
+    guard: Guard
+    update: Callable[[Batch], StepValues]
+
+
+class Due(NamedTuple):
+    """What is to be looked at after an update."""
+
+    evaluation: bool
+    spectrum: bool
+    picture: bool
+
+
+class Loop:
+    """The updates of one run."""
+
+    def __init__(
+        self, config: PretrainConfig, world: World, trainee: Trainee, loader: Loader, total_steps: int
+    ) -> None:
+        """Checks what the run will need on its way.
+
+        Raises:
+            ValueError, FileNotFoundError: data of the evaluation, or a schedule of sizes, that cannot be used.
+        """
+        self.config, self.world, self.trainee, self.loader = config, world, trainee, loader
+        self.total_steps, self.per_epoch = total_steps, loader.steps_per_epoch
+        self.online = OnlineEvaluation(config.eval, config.data, world) if config.eval.every_epochs else None
+        self.phases = first_steps(config.train.size_schedule, self.per_epoch, total_steps)
+        self.rate = functools.partial(
+            learning_rate,
+            config.optim,
+            global_batch=config.train.global_batch,
+            steps_per_epoch=self.per_epoch,
+            total_epochs=total_steps / self.per_epoch,
+        )
+
+    def run(self, start: int, metrics: Metrics, stop: list[str], on_progress: Callable[[Progress], None]) -> int:
+        """Trains on from `start` updates. Returns updates done: total_steps, or less when a signal came into `stop`."""
+        train, trainee, loader = self.config.train, self.trainee, self.loader
+        saver, vote = Saver(Path(self.config.out), train, self.world), StopVote(self.world)
+        metrics.start(loader.wait_seconds)
+        step, ending = start, start == self.total_steps
+        while not ending:
+            if self.phases and trainee.model.input_hw[0] != size_at(self.phases, step):
+                self._flush(metrics)
+                self._take_size(size_at(self.phases, step), metrics)
+            batch = next(loader)
+            set_learning_rate(trainee.optimizer, self.rate(step))
+            values = trainee.update(batch)
+            metrics.add(step + 1, (step + 1) / self.per_epoch, self.rate(step), values, batch.sample_ids)
+            step += 1
+            stopped = step < self.total_steps and vote.cast(bool(stop))
+            ending = stopped or step == self.total_steps
+            due = self._due(step, stopped)
+            if ending or any(due) or step % train.log_every_steps == 0:
+                self._flush(metrics)
+            if any(due):  # before the checkpoint, which then stands for it too
+                self._look(due, step, batch, metrics)
+            if ending or step % train.save_every_steps == 0:
+                state = {"loader": loader.state_dict()}
+                saver.save(step, trainee.model, trainee.optimizer, trainee.guard, state)
+            on_progress(Progress(step, self.total_steps, metrics.latest, metrics.latest_evaluation))
+        vote.close()
+        saver.finish()
+        return step
+
+    def _due(self, step: int, stopped: bool) -> Due:
+        """A run that was told to stop has no time for an evaluation."""
+        train = self.config.train
+        return Due(
+            self.online is not None and self.online.is_due(step, self.per_epoch) and not stopped,
+            _crosses(step, train.spectrum_every_epochs, self.per_epoch),
+            _crosses(step, train.picture_every_epochs, self.per_epoch),
+        )
+
+    def _look(self, due: Due, step: int, batch: Batch, metrics: Metrics) -> None:
+        model, train, epoch = self.trainee.model, self.config.train, step / self.per_epoch
+        if due.evaluation and self.online is not None:
+            metrics.add_evaluation(step, epoch, self.online(model, autocast_dtype(train.precision, self.world.device)))
+        if due.spectrum:
+            features = batch_features(model, batch, train.accum_steps, self.world)
+            if self.world.is_first:
+                metrics.add_spectrum(step, epoch, take_spectrum(features))
+        if due.picture:
+            _draw(Path(self.config.out) / "pictures" / f"step-{step:08d}.png", model, batch, self.world)
+        metrics.start(self.loader.wait_seconds)
+
+    def _flush(self, metrics: Metrics) -> None:
+        watched = mask_token_norm(self.trainee.model)
+        if self.phases:
+            watched["image_size"] = torch.tensor(self.trainee.model.input_hw[0])
+        metrics.flush(self.loader.wait_seconds, **watched)
+        _check_skipped(metrics, self.config.train.max_skipped_steps)
+
+    def _take_size(self, size: int, metrics: Metrics) -> None:
+        """Goes over to square images of another size: the loader, the model's positions, and what an image costs."""
+        self.loader.set_image_size((size, size))
+        self.trainee.model.input_hw = (size, size)
+        model = dataclasses.replace(self.config.model, image_size=size)
+        metrics.flops_per_image = train_flops_per_image(model, self.config.mask)
+
+
+def _check_skipped(metrics: Metrics, most: int) -> None:
+    if metrics.skipped_in_a_row >= most:
+        raise FloatingPointError(
+            f"{metrics.skipped_in_a_row} updates in a row up to step {metrics.latest['step']} were left out (loss or "
+            f"gradient not finite, or a spike); {metrics.run / 'skipped.jsonl'} names their samples. Resume from an "
+            "earlier checkpoint (--resume PATH) with a lower --optim.blr, --optim.clip-grad 1 or --train.precision fp32"
+        )
+
+
+def _crosses(step: int, every_epochs: float | None, steps_per_epoch: int) -> bool:
+    """Whether a multiple of `every_epochs` lies in (step - 1, step]; never, when it is unset."""
+    if every_epochs is None:
+        return False
+    interval = every_epochs * steps_per_epoch
+    return step // interval > (step - 1) // interval
+
+
+def _draw(path: Path, model: VisionTransformer, batch: Batch, world: World) -> None:
+    """A grid of masked | reconstruction | original. Every rank must call it: sharded weights are gathered."""
+    plan = dataclasses.replace(batch.plan, **{name: ids[:PICTURE_IMAGES] for name, ids in vars(batch.plan).items()})
+    images = batch.images[:PICTURE_IMAGES]
+    masked, reconstruction = reconstruct(model, images, plan)
+    if world.is_first:
+        path.parent.mkdir(exist_ok=True)
+        columns = {"masked": masked, "reconstruction": reconstruction, "original": images}
+        write_sheet([Column(*column) for column in columns.items()], path, across=2)
