@@ -99,7 +99,8 @@ def main(argv: list[str]) -> int:
     with whole_file(Path(config.out)) as path:
         write_target(tensors, model, path)
     print(f"wrote {config.out}: {summary}")
-    print(f"train with it: patchmill pretrain --model.target {config.kind} --target-path {config.out} ...")
+    options = f"--model.target {config.kind}" + (f" --model.target-width {width}" if width else "")
+    print(f"train with it: patchmill pretrain {options} --target-path {config.out} ...")
     return 0
 
 
