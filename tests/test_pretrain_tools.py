@@ -5,6 +5,7 @@ import os
 import subprocess
 
 import pytest
+from PIL import Image
 
 from patchmill.tools import cli
 from patchmill.trainer.metrics import read_lines
@@ -91,7 +92,8 @@ def test_runs_are_listed_with_their_state(tmp_path, capsys):
         run = tmp_path / name
         (run / "checkpoints" / "step-00000004").mkdir(parents=True)
         write_status(run, state, 4, 9, why)
-        (run / "metrics.jsonl").write_text('{"step": 5, "loss": 0.25, "images_per_s": 10.0}\n{"step": 6, "lo')
+        line = '{"step": 5, "epoch": 0.5, "loss": 0.25, "images_per_s": 10.0}\n'
+        (run / "metrics.jsonl").write_text(line + '{"step": 6, "lo')
     write_status(tmp_path / "d", "running", 4, 9)
     ended = subprocess.Popen(["true"])
     ended.wait()
@@ -108,8 +110,11 @@ def test_runs_are_listed_with_their_state(tmp_path, capsys):
         ("d", "gone", 5),
     ]
     assert runs[1]["why"] == "SIGTERM"
-    assert cli.run("runs", [str(tmp_path)]) == 0
+    assert cli.run("runs", [str(tmp_path), "--figure", str(tmp_path / "losses.png")]) == 0
     assert "step-00000004" in capsys.readouterr().out
+    with Image.open(tmp_path / "losses.png") as picture:
+        assert picture.size == (960, 540)
+    assert cli.run("runs", [str(tmp_path), "--figure", "losses.txt"]) == 2
 
 
 def test_a_folder_without_runs_is_named(tmp_path, capsys):

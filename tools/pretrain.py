@@ -16,10 +16,10 @@ from rich.table import Table
 from patchmill.tools import cli
 from patchmill.trainer.config import PretrainConfig
 from patchmill.trainer.config_file import from_toml
+from patchmill.trainer.curves import write_loss_curve
 from patchmill.trainer.eval_pictures import write_spectra
 from patchmill.trainer.loop import Progress
 from patchmill.trainer.metrics import EVALUATIONS, SPECTRA, read_lines, read_metrics
-from patchmill.trainer.pictures import write_loss_curve
 from patchmill.trainer.pretrain import Summary, pretrain
 from patchmill.trainer.recipes import RECIPES, get_recipe
 from patchmill.trainer.spectrum import Spectrum

@@ -1,4 +1,4 @@
-"""patchmill runs: a folder of run folders -> a table of what they are and where they stand."""
+"""patchmill runs: a folder of run folders -> a table of what they are and where they stand, and their losses."""
 
 import json
 import sys
@@ -12,6 +12,7 @@ from rich.table import Table
 
 from patchmill.tools import cli
 from patchmill.trainer.checkpoint import all_checkpoints
+from patchmill.trainer.curves import compare_losses
 from patchmill.trainer.metrics import read_metrics
 from patchmill.trainer.run_folder import STATUS, Status, read_status
 
@@ -22,12 +23,15 @@ class RunsArgs:
 
     Example:
       patchmill runs runs/
+      patchmill runs runs/ --figure losses.png
     """
 
     folder: tyro.conf.Positional[Path] = Path("runs")
     """Searched for run folders, at any depth."""
     as_json: Annotated[bool, tyro.conf.arg(name="json")] = False
     """One JSON object a line instead of a table."""
+    figure: Path | None = None
+    """PNG of the losses of all of them; unset: none"""
 
 
 def main(argv: list[str]) -> int:
@@ -43,6 +47,8 @@ def main(argv: list[str]) -> int:
             print(f"left out: {error}", file=sys.stderr)
     if not runs:
         raise ValueError(f"{args.folder} holds no runs; `patchmill pretrain --out {args.folder}/first ...` makes one")
+    if args.figure is not None:
+        _draw(args.folder, runs, args.figure)
     if args.as_json:
         for run in runs:
             print(json.dumps(run))
@@ -67,6 +73,17 @@ def describe(run: Path) -> dict[str, Any]:
         "checkpoint": saved[-1].name if saved else None,
         "why": status.why,
     }
+
+
+def _draw(folder: Path, runs: list[dict[str, Any]], figure: Path) -> None:
+    if figure.suffix.lower() != ".png":
+        raise ValueError(f"--figure {figure} must end in .png")
+    found = {run["run"]: read_metrics(Path(run["run"])) for run in runs if run["loss"] is not None}
+    if not found:
+        raise ValueError(f"no run in {folder} has written metrics yet; leave --figure out")
+    figure.parent.mkdir(parents=True, exist_ok=True)
+    compare_losses({str(Path(name).relative_to(folder)): lines for name, lines in found.items()}, figure)
+    print(f"wrote {figure}", file=sys.stderr)
 
 
 def _state(status: Status) -> str:

@@ -6,10 +6,9 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from patchmill.trainer.charts import AMBER, BLUE, PALETTE, line_style, new_figure, save_figure
 from patchmill.trainer.spectrum import Spectrum
 
-BLUE, AMBER, GREY = "#1f4e8c", "#c98a2b", "#7a8594"
-PALETTE = (BLUE, AMBER, "#2f7d4f", "#8c2f39", GREY)
 NAMED_CLASSES = 30
 """up to so many classes are named on a confusion matrix"""
 NUMBERED_CLASSES = 12
@@ -18,7 +17,7 @@ NUMBERED_CLASSES = 12
 
 def write_curve(history: list[dict[str, float]], path: Path, title: str) -> None:
     """Writes a PNG of test accuracy and training loss over the epochs."""
-    figure, axes = _figure()
+    figure, axes = new_figure()
     tested = [entry for entry in history if "top1" in entry]
     axes.plot([e["epoch"] for e in tested], [100 * e["top1"] for e in tested], color=BLUE, marker=".", label="top-1")
     axes.plot([e["epoch"] for e in tested], [100 * e["top5"] for e in tested], color=BLUE, alpha=0.4, label="top-5")
@@ -30,14 +29,14 @@ def write_curve(history: list[dict[str, float]], path: Path, title: str) -> None
     loss.set_ylabel("training loss")
     loss.ticklabel_format(axis="y", useOffset=False)
     axes.legend(handles=[*axes.get_lines(), *loss.get_lines()], loc="center right")
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def write_confusion(confusion_AA: Tensor, classes: list[str], path: Path, title: str) -> None:
     """Writes a PNG of the confusion matrix, each row (true class) in shares of its images."""
     shares = confusion_AA.double().numpy()
     shares = shares / np.maximum(shares.sum(1, keepdims=True), 1)
-    figure, axes = _figure((6.5, 5.5))
+    figure, axes = new_figure((6.5, 5.5))
     image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     axes.set(xlabel="found", ylabel="true", title=title)
     if len(classes) <= NAMED_CLASSES:
@@ -48,7 +47,7 @@ def write_confusion(confusion_AA: Tensor, classes: list[str], path: Path, title:
             shade = "white" if shares[row, column] > 0.5 else "black"
             axes.text(column, row, f"{shares[row, column]:.0%}", ha="center", va="center", color=shade, fontsize=7)
     figure.colorbar(image, label="share of the true class")
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def write_sweep(lines: dict[str, list[tuple[float, float]]], path: Path) -> None:
@@ -57,7 +56,7 @@ def write_sweep(lines: dict[str, list[tuple[float, float]]], path: Path) -> None
     Args:
         lines: name -> (blocks, top-1), in any order; blocks stand at even distances, as in the paper.
     """
-    figure, axes = _figure()
+    figure, axes = new_figure()
     ticks = sorted({blocks for points in lines.values() for blocks, _ in points})
     for color, (name, points) in zip(PALETTE * 4, lines.items(), strict=False):
         placed = sorted((ticks.index(blocks), 100 * top1) for blocks, top1 in points)
@@ -69,7 +68,7 @@ def write_sweep(lines: dict[str, list[tuple[float, float]]], path: Path) -> None
     axes.margins(y=0.12)
     axes.grid(alpha=0.25)
     axes.legend()
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def write_spectra(spectra: dict[str, Spectrum], path: Path, title: str, *, in_order: bool = False) -> None:
@@ -79,14 +78,13 @@ def write_spectra(spectra: dict[str, Spectrum], path: Path, title: str, *, in_or
         spectra: name -> spectrum; those without values (features that are not finite) are left out.
         in_order: the names are stages of one run: colours go from light to dark.
     """
-    figure, axes = _figure()
+    figure, axes = new_figure()
     for number, (name, spectrum) in enumerate(spectra.items()):
         shade = 0.15 + 0.8 * (number + 1) / len(spectra)
         axes.plot(
             range(1, 1 + len(spectrum.singular_values)),
             [value or np.nan for value in spectrum.singular_values],
-            color=_blue(shade) if in_order else PALETTE[number % len(PALETTE)],
-            linestyle="-" if in_order else ("-", "--", ":")[number // len(PALETTE) % 3],
+            **({"color": _blue(shade)} if in_order else line_style(number)),
             label=f"{name}: effective rank {spectrum.effective_rank:.1f} of {len(spectrum.singular_values)}",
         )
     axes.set_yscale("log")
@@ -98,26 +96,10 @@ def write_spectra(spectra: dict[str, Spectrum], path: Path, title: str, *, in_or
     axes.margins(x=0.01)
     axes.grid(alpha=0.25)
     axes.legend()
-    _save(figure, path)
-
-
-def _figure(size: tuple[float, float] = (8, 4.5)) -> tuple[Any, Any]:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    return pyplot.subplots(figsize=size, dpi=120, layout="constrained")
+    save_figure(figure, path)
 
 
 def _blue(shade: float) -> Any:
     from matplotlib import colormaps
 
     return colormaps["Blues"](shade)
-
-
-def _save(figure: Any, path: Path) -> None:
-    from matplotlib import pyplot
-
-    figure.savefig(path)
-    pyplot.close(figure)
