@@ -1,6 +1,7 @@
 """columns of images -> [sheets] -> PNG: small pictures side by side, each column under its title."""
 
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,7 +12,7 @@ from torch import Tensor
 
 GAP = 6
 """white pixels between pictures"""
-FONT_SIZE = 15
+FONT_SIZE, LINE_GAP = 15, 2
 INK = (40, 46, 54)
 
 
@@ -38,7 +39,8 @@ def write_sheet(columns: Sequence[Column], path: Path, *, across: int = 1, cell:
     count = len(drawn[0])
     across = min(across, count)
     titles = [_wrapped(column.title, size[0]) for column in columns]
-    head = round(max(_text_size(title)[1] for title in titles)) + 2 * GAP if any(titles) else GAP
+    line = sum(_font().getmetrics()) + LINE_GAP
+    head = max(title.count("\n") + 1 for title in titles) * line + 2 * GAP if any(titles) else GAP
     strip = len(columns) * (size[0] + GAP) + 2 * GAP
     rows = -(-count // across)
     sheet = Image.new("RGB", (across * strip - GAP, head + rows * (size[1] + GAP)), "white")
@@ -46,7 +48,8 @@ def write_sheet(columns: Sequence[Column], path: Path, *, across: int = 1, cell:
     for place in range(across):
         for k, title in enumerate(titles):
             middle = place * strip + GAP + k * (size[0] + GAP) + size[0] / 2
-            pen.multiline_text((middle, head - GAP), title, INK, _font(), anchor="md", align="center", spacing=2)
+            for number, words in enumerate(reversed(title.split("\n")), 1):
+                pen.text((middle, head - GAP - number * line), words, INK, _font(), anchor="ma")
     for i in range(count):
         left, top = (i % across) * strip + GAP, head + (i // across) * (size[1] + GAP)
         for k, pictures in enumerate(drawn):
@@ -87,18 +90,15 @@ def _wrapped(title: str, width: int) -> str:
         lines.append(words[0])
         for word in words[1:]:
             longer = f"{lines[-1]} {word}"
-            if _text_size(longer)[0] <= width:
+            if _font().getlength(longer) <= width:
                 lines[-1] = longer
             else:
                 lines.append(word)
     return "\n".join(lines)
 
 
-def _text_size(text: str) -> tuple[float, float]:
-    pen = ImageDraw.Draw(Image.new("RGB", (1, 1)))
-    left, top, right, bottom = pen.multiline_textbbox((0, 0), text, _font(), spacing=2)
-    return right - left, bottom - top
-
-
-def _font() -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    return ImageFont.load_default(FONT_SIZE)
+@cache
+def _font() -> ImageFont.FreeTypeFont:
+    font = ImageFont.load_default(FONT_SIZE)
+    assert isinstance(font, ImageFont.FreeTypeFont)  # Pillow's wheels have FreeType
+    return font
