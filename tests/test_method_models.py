@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from ranks import next_world, run_ranks
+from test_model_compile import CONFIG
 from test_step_update import ALONE, CPU, no_host_sync
 from test_world_ranks import assert_close_runs, config_of
 from torch.utils.flop_counter import FlopCounterMode
@@ -25,17 +26,7 @@ from patchmill.trainer.step import Guard, set_learning_rate, update
 from patchmill.trainer.vit import PatchEmbed
 from photos import make_dataset
 
-SMALL = ModelConfig(
-    image_size=(32, 48),
-    patch_size=8,
-    embed_dim=32,
-    depth=2,
-    num_heads=2,
-    decoder_embed_dim=16,
-    decoder_depth=2,
-    decoder_num_heads=2,
-    norm_pix_loss=False,
-)
+SMALL = dataclasses.replace(CONFIG, norm_pix_loss=False)
 METHODS: dict[str, dict[str, Any]] = {
     "simmim": {"kind": "simmim"},
     "crossmae": {"kind": "crossmae"},

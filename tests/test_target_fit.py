@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from sklearn.cluster import KMeans
 from sklearn.decomposition import PCA
+from small_models import TINY
 from test_step_update import ALONE, CPU
 from test_world_ranks import config_of
 
@@ -31,17 +32,6 @@ from patchmill.trainer.target_fit import Covariance, first_codes, k_means, princ
 from patchmill.trainer.targets import PCATarget, target_patches
 from photos import make_dataset
 
-SMALL = ModelConfig(
-    image_size=32,
-    patch_size=8,
-    embed_dim=32,
-    depth=1,
-    num_heads=2,
-    decoder_embed_dim=16,
-    decoder_depth=1,
-    decoder_num_heads=2,
-    norm_pix_loss=False,
-)
 WIDTHS = {"pca": 96, "kmeans": 8, "dvae": 0}
 
 
@@ -49,7 +39,7 @@ def images_and_plan(count=8):
     torch.manual_seed(0)
     images = torch.randint(0, 256, (count, 32, 32, 3), dtype=torch.uint8)
     ids = torch.arange(count)
-    return images, MaskPlan.draw(MaskConfig(), seed=0, epoch=0, sample_ids_B=ids, grid_hw=SMALL.grid_hw)
+    return images, MaskPlan.draw(MaskConfig(), seed=0, epoch=0, sample_ids_B=ids, grid_hw=TINY.grid_hw)
 
 
 def patches_of(count, size=30, seed=0):
@@ -61,7 +51,7 @@ def patches_of(count, size=30, seed=0):
 def model_of(target, seed=0, **changes):
     """A model whose target is filled with what random patches gave."""
     torch.manual_seed(seed)
-    config = dataclasses.replace(SMALL, target=target, target_width=WIDTHS[target], **changes)
+    config = dataclasses.replace(TINY, target=target, target_width=WIDTHS[target], **changes)
     model = build_model(config)
     for name, buffer in model.target.named_buffers():
         fan_in = math.prod(buffer.shape[1:])
@@ -170,7 +160,7 @@ def test_the_dvae_has_the_published_names_and_shapes():
 def test_dvae_tokens_are_those_of_the_published_formula():
     """Written again with functions: conv 7, groups of x + conv path / 64, max pooling between, ReLU, conv 1."""
     torch.manual_seed(0)
-    tokenizer = DVAETokenizer(dataclasses.replace(SMALL, patch_size=16), width=8)
+    tokenizer = DVAETokenizer(dataclasses.replace(TINY, patch_size=16), width=8)
     for buffer in tokenizer.buffers():
         buffer.copy_(torch.randn(buffer.shape) / math.prod(buffer.shape[1:]) ** 0.5)
     w = OrderedDict(tokenizer.named_buffers())

@@ -18,7 +18,7 @@ from patchmill.trainer.config import ModelConfig
 from patchmill.trainer.mae import MAEOutput
 from patchmill.trainer.targets import build_target
 from patchmill.trainer.uniformity import add_uniformity
-from patchmill.trainer.vit import LAYER_NORM_EPS, Mlp, VisionTransformer, attention, initialise, sincos_positions
+from patchmill.trainer.vit import LAYER_NORM_EPS, Mlp, VisionTransformer, attention, sincos_positions
 
 
 class CrossAttention(nn.Module):
@@ -72,9 +72,7 @@ class CrossMAE(VisionTransformer):
         self.decoder_pred = nn.Linear(c.decoder_embed_dim, c.pred_dim)
         self.target = build_target(c)
 
-        self.apply(initialise)
-        nn.init.normal_(self.cls_token, std=0.02)
-        nn.init.normal_(self.mask_token, std=0.02)
+        self.initialise()
 
     def forward(self, images_BHWC: Tensor, plan: MaskPlan) -> MAEOutput:
         """Loss, prediction [B, M, T] and latent [B, 1 + K, D]. As MaskedAutoencoder.forward."""

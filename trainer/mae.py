@@ -17,7 +17,7 @@ from patchmill.pipeline.masks import MaskPlan
 from patchmill.trainer.config import ModelConfig
 from patchmill.trainer.targets import build_target
 from patchmill.trainer.uniformity import add_uniformity
-from patchmill.trainer.vit import LAYER_NORM_EPS, Block, VisionTransformer, initialise, sincos_positions
+from patchmill.trainer.vit import LAYER_NORM_EPS, Block, VisionTransformer, sincos_positions
 
 
 class MAEOutput(NamedTuple):
@@ -49,9 +49,7 @@ class MaskedAutoencoder(VisionTransformer):
         self.decoder_pred = nn.Linear(c.decoder_embed_dim, c.pred_dim)
         self.target = build_target(c)
 
-        self.apply(initialise)
-        nn.init.normal_(self.cls_token, std=0.02)
-        nn.init.normal_(self.mask_token, std=0.02)
+        self.initialise()
 
     def forward(self, images_BHWC: Tensor, plan: MaskPlan) -> MAEOutput:
         """Loss, prediction and latent of a batch.

@@ -22,7 +22,7 @@ from patchmill.trainer.config import ModelConfig
 from patchmill.trainer.mae import MAEOutput, MaskedAutoencoder
 from patchmill.trainer.targets import build_target
 from patchmill.trainer.uniformity import add_uniformity
-from patchmill.trainer.vit import VisionTransformer, initialise
+from patchmill.trainer.vit import VisionTransformer
 
 
 class MaskTokenAutoencoder(MaskedAutoencoder):
@@ -55,9 +55,7 @@ class SimMIM(VisionTransformer):
         self.decoder_pred = nn.Linear(config.embed_dim, config.pred_dim)
         self.target = build_target(config)
 
-        self.apply(initialise)
-        nn.init.normal_(self.cls_token, std=0.02)
-        nn.init.normal_(self.mask_token, std=0.02)
+        self.initialise()
 
     def forward(self, images_BHWC: Tensor, plan: MaskPlan) -> MAEOutput:
         """Loss, prediction [B, M, T] and latent [B, 1 + L, D], row by row. As MaskedAutoencoder.forward."""

@@ -110,6 +110,7 @@ class PatchEmbed(nn.Module):
 class VisionTransformer(nn.Module):
     """The encoder that all models have, under its published names; each adds what it predicts with, and its target."""
 
+    mask_token: nn.Parameter
     target: Target
 
     def __init__(self, config: ModelConfig) -> None:
@@ -131,6 +132,12 @@ class VisionTransformer(nn.Module):
     def positions(self, table_1ND: Tensor) -> Tensor:
         """A position table of the model for the images that are taken now: itself, or interpolated (resize.py)."""
         return interpolate_positions(table_1ND, self.config.grid_hw, self.grid_hw)
+
+    def initialise(self) -> None:
+        """The published random weights, from torch's generator; for the end of a model's __init__."""
+        self.apply(initialise)
+        for token in (self.cls_token, self.mask_token):
+            nn.init.normal_(token, std=0.02)
 
     def encode(self, images_BHWC: Tensor, ids_keep_BK: Tensor) -> Tensor:
         """uint8 images and the patches to look at (int32) -> normed features [B, 1 + K, D], class token first."""
