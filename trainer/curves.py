@@ -49,6 +49,8 @@ def compare_losses(runs: Mapping[str, Sequence[dict]], path: Path) -> None:
         axes.plot(epochs, _smooth(losses, max(1, len(losses) // 50)), label=f"{name}: {losses[-1]:.3f}", **style)
     axes.set(xlabel="epoch", ylabel=f"{key} (masked patches)", title="Pretraining loss, smoothed; last value")
     axes.set_yscale("log")
+    for formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+        formatter("{x:g}")
     axes.grid(alpha=0.25, which="both")
     axes.legend()
     save_figure(figure, path)
