@@ -23,6 +23,7 @@ from patchmill.trainer.optim import build_optimizer
 from patchmill.trainer.pretrain import pretrain
 from patchmill.trainer.recipes import get_recipe
 from patchmill.trainer.step import Guard, set_learning_rate, update
+from patchmill.trainer.target_files import write_target
 from patchmill.trainer.vit import PatchEmbed
 from photos import make_dataset
 
@@ -192,13 +193,20 @@ def test_counted_flops_are_near_the_stated_ones(method):
 
 
 RUNS = {name: {f"model__{key}": value for key, value in options.items()} for name, options in METHODS.items()}
-LAYOUTS = {"simmim": "ddp", "crossmae": "fsdp", "mask tokens": "fsdp"}
+RUNS["pca"] = {"model__target": "pca", "model__target_width": 16, "model__norm_pix_loss": False}
+LAYOUTS = {"simmim": "ddp", "crossmae": "fsdp", "mask tokens": "fsdp", "pca": "ddp"}
+
+
+def config_in(folder, dataset, run, name, **changes):
+    """The config of a run, with the target that it needs."""
+    path = str(folder / "pca.safetensors") if name == "pca" else ""
+    return config_of(dataset, folder / run, target_path=path, **RUNS[name], **changes)
 
 
 def on_two_ranks(rank, dataset, folder):
-    for name, options in RUNS.items():
+    for name, layout in LAYOUTS.items():
         next_world()
-        pretrain(config_of(dataset, folder / f"{name} two", train__parallel=LAYOUTS[name], **options))
+        pretrain(config_in(folder, dataset, f"{name} two", name, train__parallel=layout))
 
 
 @pytest.fixture(scope="module")
@@ -206,21 +214,24 @@ def runs(tmp_path_factory):
     """The folder of runs of each model, on one rank and on two."""
     folder = tmp_path_factory.mktemp("runs")
     dataset = make_dataset(tmp_path_factory.mktemp("data"), count=40)
-    for name, options in RUNS.items():
-        pretrain(config_of(dataset, folder / name, **options))
+    basis = torch.linalg.qr(torch.randn(192, 16, generator=torch.Generator().manual_seed(0))).Q
+    target = {"mean": torch.zeros(192), "basis": basis}
+    write_target(target, config_of("", "", **RUNS["pca"]).model, folder / "pca.safetensors")
+    for name in RUNS:
+        pretrain(config_in(folder, dataset, name, name))
     run_ranks(2, len(RUNS), on_two_ranks, dataset, folder)
     return folder
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", RUNS)
 def test_the_same_run_on_one_rank_and_two(method, runs):
     assert_close_runs(runs / method, runs / f"{method} two")
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", RUNS)
 def test_a_checkpoint_gives_the_model_back_and_its_encoder_to_everyone(method, runs):
-    model, path = checkpoint.load_model(runs / method)
-    assert model.config == dataclasses.replace(config_of("", "", **RUNS[method]).model)
+    model, path = checkpoint.load_model(runs / f"{method} two")
+    assert model.config == config_of("", "", **RUNS[method]).model
     images = torch.randint(0, 256, (2, 32, 32, 3), dtype=torch.uint8)
     read = read_checkpoint(path)
     assert not read.has_decoder
