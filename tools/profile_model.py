@@ -2,9 +2,9 @@
 
 Reader threads read, check, decode and resize. One more thread plans batches, moves them to the device and draws their
 masks. Planning and bookkeeping hold Python's lock. Everything on the host holds a core for its CPU time; a step on a
-CPU does too. A stage that may wait (storage, the copy to the device) holds its thread for the wall time; one that only
-computes for its CPU time, since what other programs took meanwhile is not its own. Storage counts as a resource where
-the shards do not fit the memory, so that every epoch reads it again.
+CPU does too. A stage holds its thread for its wall time; but a reading thread's stage that only computes, and took less
+than twice its CPU time, was kept waiting by other programs: it is counted with its CPU time. Storage counts as a
+resource where the shards do not fit the memory, so that every epoch reads it again.
 """
 
 from collections.abc import Mapping
@@ -26,7 +26,9 @@ HOLDERS: Mapping[str, tuple[str, ...]] = {
 }
 """what a stage holds besides a core"""
 COMPUTES = ("checks", "decode", "resize", "bookkeeping")
-"""stages of the reader threads that never wait"""
+"""stages of the reader threads that have nothing to wait for"""
+WAITS = 2.0
+"""times its CPU time: a stage that took longer did wait"""
 
 
 def loader_model(profile: LoaderProfile) -> Model:
@@ -46,8 +48,8 @@ def _stage(cost: StageCost, profile: LoaderProfile) -> Stage:
     holders = HOLDERS[cost.name]
     if cost.name == "decode" and profile.decoder != "cpu":
         holders = (DECODER,) if profile.decoder == "dali" else (FRONT,)
-    computes = cost.name in COMPUTES and holders[0] == THREADS
-    held = cost.cpu if computes else cost.wall
+    disturbed = cost.wall.median < WAITS * cost.cpu.median
+    held = cost.cpu if disturbed and cost.name in COMPUTES and holders[0] == THREADS else cost.wall
     holds = {CORES: cost.cpu.median} | dict.fromkeys(holders, held.median)
     if cost.name == "host copy" and profile.link_seconds:
         holds[LINK] = profile.link_seconds

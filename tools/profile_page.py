@@ -116,7 +116,7 @@ def _plan(report: dict[str, Any]) -> str:
 
 
 def _facts(report: dict[str, Any]) -> str:
-    rows = [("command", report["command"]), *report["machine"].items()]
+    rows = [("command", report["command"]), *report["machine"].items(), ("neighbours", report["noise"] or "quiet")]
     loader, step, train = report.get("loader"), report.get("step"), report.get("train")
     if loader:
         for name, reading in loader["storage"].items():

@@ -159,7 +159,7 @@ def sweep(report: Report, axes: Any) -> None:
     axes.axhline(together, color=RED, linewidth=1, linestyle="--", label=f"as configured: {together:,.0f}")
     axes.set_xticks(ticks, labels)
     axes.set_ylabel("images per second")
-    axes.legend(frameon=False, fontsize=8)
+    axes.legend(frameon=False, fontsize=8, loc="lower left", bbox_to_anchor=(0, 1), borderpad=0)
 
 
 def steps(report: Report, axes: Any) -> None:

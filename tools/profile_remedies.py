@@ -51,6 +51,8 @@ class Trial:
     title: str
     how: str
     factors: Mapping[str, float]
+    core_factors: Mapping[str, float] | None = None
+    """of the cores' time, where it changes otherwise than the clock's"""
 
 
 def remedies(model: Model, trials: Sequence[Trial], repeats: int) -> list[Remedy]:
@@ -68,7 +70,8 @@ def remedies(model: Model, trials: Sequence[Trial], repeats: int) -> list[Remedy
     title = f"{2 * repeats} crops of each decoded image"
     changed.append((title, f"--data.repeats {2 * repeats}", "arithmetic", scaled(model, halved)))
     changed.append(("reads that never wait", "shards on a local disk", "arithmetic", _no_wait(model)))
-    changed += [(trial.title, trial.how, "measured", scaled(model, trial.factors)) for trial in trials]
+    for trial in trials:
+        changed.append((trial.title, trial.how, "measured", scaled(model, trial.factors, trial.core_factors)))
     found = [
         Remedy(title, how, then.images_per_s() / now, then.images_per_s(), basis)
         for title, how, basis, then in changed
@@ -80,15 +83,18 @@ def remedies(model: Model, trials: Sequence[Trial], repeats: int) -> list[Remedy
     return sorted(best.values(), key=lambda remedy: -remedy.gain)
 
 
-def scaled(model: Model, factors: Mapping[str, float]) -> Model:
-    """The model with stages that cost `factor` times what they cost."""
-    stages = [
-        dataclasses.replace(
-            stage, holds={name: seconds * factors.get(stage.name, 1.0) for name, seconds in stage.holds.items()}
-        )
-        for stage in model.stages
-    ]
-    return Model(stages, model.servers)
+def scaled(model: Model, factors: Mapping[str, float], core_factors: Mapping[str, float] | None = None) -> Model:
+    """The model with stages that cost `factor` times what they cost; of the cores, `core_factor` times."""
+
+    def change(stage: Stage) -> Stage:
+        of_cores = (core_factors or factors).get(stage.name, 1.0)
+        holds = {
+            name: seconds * (of_cores if name == CORES else factors.get(stage.name, 1.0))
+            for name, seconds in stage.holds.items()
+        }
+        return dataclasses.replace(stage, holds=holds)
+
+    return Model([change(stage) for stage in model.stages], model.servers)
 
 
 def measure_trials(config: PretrainConfig, device: torch.device, seconds: float) -> list[Trial]:

@@ -19,6 +19,7 @@ from patchmill.tools.timing import environment
 from patchmill.tools.verdict import Model, Verdict
 from patchmill.tools.whole import whole_file
 from patchmill.trainer.config import PretrainConfig
+from patchmill.trainer.metrics import train_flops_per_image
 
 SCHEMA = 1
 FILE = "report.json"
@@ -33,12 +34,14 @@ def make(
     model: Model | None,
     verdict: Verdict | None,
     remedies: Sequence[Remedy],
+    noise: str | None,
 ) -> dict[str, Any]:
     """A report as plain values, fit for JSON.
 
     Args:
-        sections: what was measured, dataclasses by name: loader, step, train, kernels, plan.
+        sections: what was measured, dataclasses by name: loader, step, train, kernels.
         model, verdict: what was concluded; None for kernels alone.
+        noise: what disturbed the measurements; None on a quiet machine.
     """
     report: dict[str, Any] = {
         "schema": SCHEMA,
@@ -46,7 +49,9 @@ def make(
         "command": command,
         "patchmill": __version__,
         "machine": environment(str(device)) | {"date": machine.today()},
+        "noise": noise,
         "device": device.type,
+        "flops_per_image": train_flops_per_image(config.model, config.mask),
         "config": plain(dataclasses.asdict(config)),
     }
     report |= {name: plain(dataclasses.asdict(section)) for name, section in sections.items()}

@@ -5,6 +5,7 @@ optimizer as `patchmill pretrain` runs them. The ceiling is the data sheet's bf1
 large matrix product and a large copy, measured in the same run.
 """
 
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -199,19 +200,44 @@ def _trials(config: PretrainConfig, device: torch.device, step: Callable[[], obj
         how = "--train.precision bf16"
         others.append(("matrix products in bf16", how, with_options(config, train__precision="bf16")))
     for size in (2 * batch, max(1, batch // 2)):
-        changed = with_options(config, train__global_batch=size)
-        others.append((f"batches of {size}", f"--train.global-batch {size}", changed))
+        how = f"--train.global-batch {size}"
+        others.append((f"batches of {size}", how, with_options(config, train__global_batch=size)))
     found = []
+    threads, cores = torch.get_num_threads(), len(os.sched_getaffinity(0))
+    if device.type == "cpu" and threads < cores:
+        factors = _compare(step, _with_threads(step, cores), 1.0, device, seconds / 4)
+        found.append(Trial(f"{cores} threads of torch", f"OMP_NUM_THREADS={cores}", *factors))
     for title, how, changed in others:
         try:
             other = updates(changed, build_trainee(changed, World(0, 1, device)), device)
-            times, _ = time_steps({"now": step, "then": other}, device, seconds / len(others))
+            factors = _compare(step, other, batch / changed.train.global_batch, device, seconds / 4)
         except torch.OutOfMemoryError:
             continue
-        now, then = (Measured.of(times[name]).median for name in ("now", "then"))
-        factor = then / changed.train.global_batch / (now / batch)
-        found.append(Trial(title, how, {STEP: factor}))
+        found.append(Trial(title, how, *factors))
     return found
+
+
+def _compare(
+    now: Callable[[], object], then: Callable[[], object], per_image: float, device: torch.device, seconds: float
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Costs of an image after a change over those before: of the device, and of this host's cores."""
+    taken, used = time_steps({"now": now, "then": then}, device, seconds)
+    wall = Measured.of(taken["then"]).median / Measured.of(taken["now"]).median
+    return {STEP: wall * per_image}, {STEP: used["then"] / used["now"] * per_image}
+
+
+def _with_threads(step: Callable[[], object], threads: int) -> Callable[[], object]:
+    """The step on another number of torch's threads."""
+
+    def run() -> None:
+        usual = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        try:
+            step()
+        finally:
+            torch.set_num_threads(usual)
+
+    return run
 
 
 def fitting_batch(config: PretrainConfig, device: torch.device, wanted: int | None) -> PretrainConfig:

@@ -5,6 +5,7 @@ found (profile_model, verdict, profile_remedies), and the rest draws it (profile
 """
 
 import argparse
+import dataclasses
 import os
 import shlex
 import sys
@@ -16,12 +17,13 @@ import torch
 import tyro
 from rich.console import Console
 
-from patchmill.tools import cli, profile_report, profile_tables
+from patchmill.tools import cli, profile_diff, profile_report, profile_tables
 from patchmill.tools.profile_kernels import measure_kernels
 from patchmill.tools.profile_loader import LoaderProfile, measure_loader
 from patchmill.tools.profile_model import loader_model, with_step
 from patchmill.tools.profile_page import page
 from patchmill.tools.profile_pictures import write_pngs
+from patchmill.tools.profile_plan import PlanConfig, predict
 from patchmill.tools.profile_remedies import Remedy, Trial, measure_trials, remedies
 from patchmill.tools.profile_step import StepProfile, fitting_batch, measure_step
 from patchmill.tools.profile_train import TrainProfile, measure_train
@@ -39,6 +41,8 @@ Measures a loader, a step, the training loop or our operators, and says what bin
   patchmill profile loader --recipe mae-vit-b16 --data.path shards/
   patchmill profile all --recipe mae-vit-b16 --data.path shards/ --out before
   patchmill profile all --config runs/b16/config.toml --out after
+  patchmill profile loader --recipe mae-vit-l16 --data.path shards/ --plan.gpus 8 --plan.cores 128 --plan.price 2.5
+  patchmill profile plan before --gpus 8 --gpu H100 --cores 96 --disk-mb-per-s 3000
   patchmill profile diff before after
   torchrun --nproc-per-node 8 -m patchmill.tools.profiling train --recipe mae-vit-l16 --data.path shards/
 
@@ -55,6 +59,8 @@ class ProfileConfig:
     run: Annotated[PretrainConfig, tyro.conf.arg(name="")] = field(default_factory=PretrainConfig)
     seconds: float = 30.0
     """about how long each mode measures; warm-ups come on top"""
+    plan: PlanConfig = field(default_factory=PlanConfig)
+    """predicts images/s, hours and cost on another machine: --plan.gpus 8 --plan.cores 128"""
     batch: int | None = None
     """images of one device's step; unset: the recipe's own, on a CPU no more than about a second's work"""
 
@@ -70,8 +76,12 @@ def main(argv: list[str]) -> int:
     mode, *rest = argv[1:] or ["--help"]
     if mode in ("-h", "--help"):
         parse(["--help"])
+    if mode == "diff":
+        return profile_diff.main(rest)
+    if mode == "plan":
+        return plan(rest)
     if mode not in MODES:
-        raise ValueError(f"profile what? one of {', '.join(MODES)}, or diff A B; got {mode!r}")
+        raise ValueError(f"profile what? one of {', '.join(MODES)}, plan REPORT or diff A B; got {mode!r}")
     options = parse(rest)
     if mode not in ("step", "kernels") and not options.run.data.path:
         raise ValueError("no data: give --data.path DIR, a folder that `patchmill shard` wrote")
@@ -79,12 +89,37 @@ def main(argv: list[str]) -> int:
     if report is None:
         return 0
     folder = Path(options.run.out)
+    if options.plan.gpus:
+        report["plan"] = profile_report.plain(dataclasses.asdict(predict(report, options.plan)))
     profile_report.write(report, folder)
     write_pngs(report, folder)
     with whole_file(folder / "report.html") as path:
         path.write_text(page(report), encoding="utf-8")
     profile_tables.show(report, Console())
     print(f"report: {folder / 'report.html'}")
+    return 0
+
+
+@dataclass(frozen=True)
+class PlanArgs:
+    """Predicts images/s, GPU-hours and cost on a described machine from the rates of a report.
+
+    Example:
+        patchmill profile plan before --gpus 8 --gpu H100 --cores 96 --disk-mb-per-s 3000 --images 1281167 --price 2.5
+    """
+
+    report: tyro.conf.Positional[Path]
+    """folder or report.json of an earlier `patchmill profile`"""
+    machine: Annotated[PlanConfig, tyro.conf.arg(name="")] = field(default_factory=lambda: PlanConfig(gpus=1))
+
+
+def plan(argv: list[str]) -> int:
+    """Runs `patchmill profile plan`."""
+    args = tyro.cli(PlanArgs, prog="patchmill profile plan", args=argv)
+    if not args.machine.gpus:
+        raise ValueError("--gpus is 0; give the machine one at least")
+    report = profile_report.read(args.report)
+    profile_tables.show({"plan": dataclasses.asdict(predict(report, args.machine))}, Console())
     return 0
 
 
@@ -138,20 +173,17 @@ def measure(mode: str, options: ProfileConfig, command: str) -> dict[str, Any] |
             sections["train"] = measure_train(config, device, options.seconds)
     if not _is_first():
         return None
-    sections["around"] = around
-    model, verdict, found = conclude(sections, trials, config)
-    sections.pop("around")
-    return profile_report.make(mode, command, config, device, sections, model, verdict, found)
+    model, verdict, found = conclude(sections, trials, config, around.noise)
+    return profile_report.make(mode, command, config, device, sections, model, verdict, found, around.noise)
 
 
 def conclude(
-    sections: dict[str, Any], trials: list[Trial], config: PretrainConfig
+    sections: dict[str, Any], trials: list[Trial], config: PretrainConfig, noise: str | None
 ) -> tuple[Model | None, Verdict | None, list[Remedy]]:
     """What the measurements mean: the model of the stages, what binds, and what would help."""
     loader: LoaderProfile | None = sections.get("loader")
     step: StepProfile | None = sections.get("step")
     train: TrainProfile | None = sections.get("train")
-    noise = sections["around"].noise
     model: Model | None = None
     if loader is not None:
         model = loader_model(loader)

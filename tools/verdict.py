@@ -145,7 +145,10 @@ def _sentence(verdict: Verdict, model: Model, noise: str | None) -> str:
         text = f"the step binds: {rate}"
         data = model.without(STEP).supplies()
         if data:
-            text += f"; the loader could give {next(iter(data.values())) / verdict.images_per_s:.1f} times as many"
+            times = next(iter(data.values())) / verdict.images_per_s
+            text += (
+                f"; the loader could give {times:.1f} times as many" if times > CLOSE else "; the loader just keeps up"
+            )
     elif verdict.wanted is not None:
         share = verdict.images_per_s / verdict.wanted
         text = f"{verdict.stage} binds: {rate} of the {verdict.wanted:,.0f} that the step could take ({share:.0%})"
