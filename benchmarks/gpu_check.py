@@ -162,7 +162,8 @@ def run(about: str, stages: list[Stage], total_seconds: float) -> int:
                 if "FAILED" in lines[-1]:
                     print(end_of_log(Path(folder) / each.stage.name), flush=True)
             running.clear()
-            archive = pack(lines, Path(folder), results)
+            pack(lines, Path(folder), results)
+        archive = pack(lines, Path(folder), results)
         print("\n".join(headlines(Path(folder))))
         print(f"all pages: {archive.with_suffix('.md')}; all files: {archive}")
     return sum("FAILED" in line for line in lines)

@@ -113,7 +113,7 @@ class Trial:
         summary = pretrain(self.config(name, METHODS[method], seed, epochs, train__picture_every_epochs=epochs))
         lines = read_metrics(self.folder / name)
         pictures = sorted((self.folder / name / "pictures").glob("*.png"))
-        if pictures:
+        if pictures and seed == self.options.seeds[0]:
             shutil.copy(pictures[-1], results_folder() / f"cifar_{name}_{machine.today()}.png")
         return {
             "method": method,
