@@ -61,7 +61,7 @@ class ModelConfig:
     uniformity_weight: float = 0.0
     """weight of U-MAE's uniformity term on the class tokens (0.01 as published); 0: none"""
     uniformity_form: Literal["as-published", "global-gradient"] = "as-published"
-    """as-published: the term's gradient is that of the whole batch over the ranks, of class tokens normed twice"""
+    """as-published divides its gradient by the number of ranks and norms class tokens twice (uniformity.py)"""
 
     def __post_init__(self) -> None:
         check_choices(self, "model")
