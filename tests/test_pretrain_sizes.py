@@ -209,7 +209,7 @@ def test_a_run_that_is_too_short_is_refused_before_it_begins(dataset, tmp_path):
 
 
 def test_compiled_it_is_one_graph_for_each_size():
-    """As train.compile does it; aot_eager runs the kernels of eager mode, so that the bits are the same."""
+    """As train.compile does it; fullgraph raises at a graph break."""
     torch.manual_seed(0)
     model = build_model(TINY)
     compiled = torch.compile(model, fullgraph=True, dynamic=False, backend="aot_eager")
@@ -218,4 +218,5 @@ def test_compiled_it_is_one_graph_for_each_size():
         images = torch.randint(0, 256, (2, side, side, 3), dtype=torch.uint8)
         grid_hw, ids = (side // 8, side // 8), torch.arange(2)
         plan = MaskPlan.draw(MaskConfig(ratio=0.5), seed=0, epoch=0, sample_ids_B=ids, grid_hw=grid_hw)
-        assert torch.equal(compiled(images, plan).loss, model(images, plan).loss)
+        # the compiler takes the interpolation of positions apart, which rounds in another order
+        torch.testing.assert_close(compiled(images, plan).loss, model(images, plan).loss, rtol=1e-6, atol=0)
