@@ -1,7 +1,8 @@
 """patches of the data -> [target_fit] -> PCA basis or k-means codebook: what targets.py predicts against.
 
 Patches come batch by batch. The covariance is updated in fp64 with each batch and the patches are forgotten; k-means
-keeps the patches it is given. The same patches and seed give the same result on one kind of device.
+keeps the patches it is given. On a CPU the same patches and seed give the same bits; on a GPU sums may differ in their
+last digit. Not yet run on a GPU.
 
 Shapes: N patches of a batch or in all, P values per patch, A coefficients, V codes.
 """
