@@ -11,10 +11,10 @@ from ranks import next_world, run_ranks
 from patchmill.pipeline import decode_cpu
 from patchmill.pipeline.images import decode_image
 from patchmill.pipeline.loader import BatchMaker
-from patchmill.tools.profile_loader import measure_loader, open_loader
+from patchmill.tools.profile_loader import measure_loader
 from patchmill.tools.profile_model import loader_model
 from patchmill.tools.profile_remedies import remedies
-from patchmill.tools.profile_spans import DECODE, FETCH, watch
+from patchmill.tools.profile_spans import DECODE, FETCH, open_loader, watch
 from patchmill.tools.profile_train import measure_train
 from patchmill.tools.verdict import FRONT, STEP, THREADS, judge
 from patchmill.trainer.mae import MaskedAutoencoder

@@ -1,59 +1,38 @@
-"""shards -> [patchmill profile loader] -> what each stage of the loader costs, alone and together.
+"""shards -> [patchmill profile loader] -> the loader as training uses it, beside what its stages cost alone.
 
-Alone: one thread takes batches through the stages one after the other, inline, so that nothing else of ours runs; the
-stages' own clocks (profile_spans.py) and the clock around them all say how much the stages explain. Together: the
-loader as training uses it, consumed as fast as it gives. Real samples of the dataset all the time, in an epoch's order.
+Consumed as fast as it gives: images per second, time between batches, queue; then other settings, in turn. Real samples
+of the dataset all the time, in an epoch's order. The stages alone are measured in profile_stages.py.
 """
 
 import os
 import time
-import zlib
-from collections.abc import Generator, Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from patchmill.pipeline import decode_dali
-from patchmill.pipeline.decode_cpu import CHUNK, CpuDecoder
+from patchmill.pipeline.decode_cpu import CpuDecoder
 from patchmill.pipeline.decode_dali import DaliDecoder
 from patchmill.pipeline.decode_resident import ResidentDecoder
-from patchmill.pipeline.feed import StepPlan
 from patchmill.pipeline.loader import Loader
-from patchmill.pipeline.manifest import ImageFormat, open_dataset
-from patchmill.pipeline.shards import ShardReader, fault
-from patchmill.pipeline.stream_wds import AnyFeeder
+from patchmill.pipeline.manifest import open_dataset
+from patchmill.pipeline.shards import ShardReader
 from patchmill.pipeline.urls import is_url
-from patchmill.tools.profile_spans import BATCH, COPY, DECODE, FETCH, PLAN, RESIZE, TASK, Spans, watch
+from patchmill.tools.profile_spans import BATCH, COPY, DECODE, PLAN, RESIZE, TASK, Spans, open_loader, watch
+from patchmill.tools.profile_stages import StageCost, measure_alone
 from patchmill.tools.profile_storage import Reading, measure_storage, percentiles
-from patchmill.tools.timing import Measured, Neighbours, wait_for
+from patchmill.tools.timing import Measured, Neighbours
 from patchmill.trainer.config import PretrainConfig
-from patchmill.trainer.pretrain import open_loader as open_run_loader
 from patchmill.trainer.recipes import with_options
-from patchmill.trainer.world import World
 
 NAMES = {CpuDecoder: "cpu", DaliDecoder: "dali", ResidentDecoder: "resident"}
 WINDOWS = 8
 """parts of a measured stretch whose rates tell its spread"""
 HARDWARE_SHARES = (0.5, 0.65, 0.8)
 """of the images for the GPU's JPEG engine, tried in the sweep"""
-STAGES = ("plan", "storage", "checks", "decode", "resize", "bookkeeping", "masks", "host copy")
-"""in the order in which an image passes them"""
-
-
-@dataclass(frozen=True)
-class StageCost:
-    """What one image costs at a stage, in seconds."""
-
-    name: str
-    wall: Measured
-    """alone, on one thread"""
-    cpu: Measured
-    """of it on a core; the rest is waiting"""
-    together: float | None = None
-    """wall seconds in the running loader, where other threads want the cores too; None where they are not told apart"""
 
 
 @dataclass(frozen=True)
@@ -124,7 +103,7 @@ def measure_loader(config: PretrainConfig, device: torch.device, seconds: float)
         images, store = loader.num_samples, getattr(feeder, "store", None)
     shards = isinstance(store, ShardReader) and not is_url(config.data.path)
     storage = measure_storage(open_dataset(config.data.path), workers, 0.1 * seconds) if shards else {}
-    alone = _alone(config, device, 0.25 * seconds)
+    alone = measure_alone(config, device, 0.25 * seconds)
     together, in_loader = _together(config, device, 0.25 * seconds, alone.image_bytes)
     stages = [replace(stage, together=in_loader.get(stage.name)) for stage in alone.stages]
     return LoaderProfile(
@@ -145,130 +124,13 @@ def measure_loader(config: PretrainConfig, device: torch.device, seconds: float)
     )
 
 
-def open_loader(config: PretrainConfig, device: torch.device, **data: Any) -> Loader:
-    """The loader of a run on one rank, with options of its data changed."""
-    return open_run_loader(replace(config, data=replace(config.data, **data)), World(0, 1, device))
-
-
-Costs = dict[str, tuple[float, float]]
-"""stage -> (wall, CPU) seconds"""
-
-
-@dataclass(frozen=True)
-class _Alone:
-    stages: list[StageCost]
-    explained: float | None
-    link_seconds: float
-    image_bytes: float
-    image_pixels: float
-
-
-def _alone(config: PretrainConfig, device: torch.device, seconds: float) -> _Alone:
-    """The stages one after the other, batch by batch. The first batch is the warm-up."""
-    rounds: list[Costs] = []
-    sizes: list[float] = []
-    pixels: list[float] = []
-    walls, inside = 0.0, 0.0
-    with open_loader(config, device) as loader, closing(_batches(loader)) as batches:
-        inline = isinstance(loader.maker.decoder, CpuDecoder)
-        end = time.perf_counter() + seconds
-        while len(rounds) < 4 or time.perf_counter() < end:
-            start = time.perf_counter()
-            plan, images, costs = next(batches)
-            walls += (time.perf_counter() - start) * bool(rounds)
-            inside += sum(wall for name, (wall, _) in costs.items() if name != "bookkeeping") * bool(rounds)
-            if inline or not sizes:  # beside a graph of its own threads, once must do
-                check, size = _checks(loader.maker.feeder, plan)
-                sizes.append(size)
-                pixels.append(float((plan.heights_B.astype(float) * plan.widths_B).mean()))
-            costs["storage"], costs["checks"] = _less(costs["storage"], check), _least(costs["storage"], check)
-            rounds.append({name: (wall / len(images), cpu / len(images)) for name, (wall, cpu) in costs.items()})
-        link = _link_seconds(images, device)
-    del rounds[0]
-    stages = []
-    for name in STAGES:
-        wall_each, cpu_each = zip(*(found[name] for found in rounds), strict=True)
-        if max(wall_each) > 0:
-            stages.append(StageCost(name, Measured.of(wall_each), Measured.of(cpu_each)))
-    return _Alone(stages, inside / walls if inline else None, link, sum(sizes) / len(sizes), sum(pixels) / len(pixels))
-
-
-def _batches(loader: Loader) -> Generator[tuple[StepPlan, Tensor, Costs]]:
-    """Batches taken through the stages by this thread, with what each stage took."""
-    spans = watch(loader)
-    maker, decoder = loader.maker, loader.maker.decoder
-    decoded = _inline(decoder) if isinstance(decoder, CpuDecoder) else decoder.batches(0, 0)
-    while True:
-        before, start, cpu = spans.snapshot(), time.perf_counter(), time.process_time()
-        plan, images = next(decoded)
-        maker._batch(plan, images)
-        wait_for(maker.device)
-        wall, used = time.perf_counter() - start, time.process_time() - cpu
-        took = {name: total.minus(before[name]) for name, total in spans.snapshot().items()}
-        costs = {name: (took[key].wall, took[key].cpu) for name, key in (("plan", PLAN), ("storage", FETCH))}
-        if isinstance(decoder, CpuDecoder):
-            costs |= {"decode": took[DECODE][1:], "resize": took[RESIZE][1:]}
-            costs["bookkeeping"] = _less(took[TASK][1:], took[FETCH][1:], took[DECODE][1:], took[RESIZE][1:])
-        else:  # a graph that cannot be walked through: decoding, resizing and flipping as a whole, beside the reading
-            beside = took[FETCH].wall * isinstance(decoder, ResidentDecoder), took[FETCH].cpu
-            costs["decode"] = _less((wall, used), beside, took[PLAN][1:], took[BATCH][1:])
-            costs |= {"resize": (0.0, 0.0), "bookkeeping": (0.0, 0.0)}
-        costs |= {"masks": _less(took[BATCH][1:], took[COPY][1:]), "host copy": took[COPY][1:]}
-        yield plan, images, costs
-
-
-def _inline(decoder: CpuDecoder) -> Iterator[tuple[StepPlan, Tensor]]:
-    """What the decoder's threads do, by this thread."""
-    for plan in decoder.feeder.plans(0, 0):
-        images = torch.empty(decoder.shape, dtype=torch.uint8, pin_memory=decoder.pin_memory)
-        for lo in range(0, decoder.feeder.local_slots, CHUNK):
-            decoder._decode(plan, images, lo)
-        yield plan, images
-
-
-def _less(whole: tuple[float, float], *parts: tuple[float, float]) -> tuple[float, float]:
-    wall, cpu = (max(0.0, whole[i] - sum(part[i] for part in parts)) for i in (0, 1))
-    return wall, cpu
-
-
-def _least(one: tuple[float, float], other: tuple[float, float]) -> tuple[float, float]:
-    return min(one[0], other[0]), min(one[1], other[1])
-
-
-def _checks(feeder: AnyFeeder, plan: StepPlan) -> tuple[tuple[float, float], float]:
-    """((wall, CPU) seconds of checking a batch's bytes, mean bytes of a sample)."""
-    data = feeder.fetch(plan, 0, feeder.local_slots)
-    size = sum(map(len, data)) / len(data)
-    if not isinstance(getattr(feeder, "store", None), ShardReader):
-        return (0.0, 0.0), size
-    told = [(len(sample), zlib.crc32(sample)) for sample in data]
-    wall, cpu = time.perf_counter(), time.thread_time()
-    for sample, (length, crc) in zip(data, told, strict=True):
-        fault(sample, length, crc, ImageFormat.JPEG)
-    return (time.perf_counter() - wall, time.thread_time() - cpu), size
-
-
-def _link_seconds(images: Tensor, device: torch.device) -> float:
-    """Seconds for one image to cross to a GPU from page-locked memory, in the copy of a whole batch."""
-    if device.type != "cuda":
-        return 0.0
-    pinned, taken = images.pin_memory(), []
-    for _ in range(5):
-        wait_for(device)
-        start = time.perf_counter()
-        pinned.to(device, non_blocking=True)
-        wait_for(device)
-        taken.append(time.perf_counter() - start)
-    return Measured.of(taken).median / len(images)
-
-
 def _together(
     config: PretrainConfig, device: torch.device, seconds: float, image_bytes: float
 ) -> tuple[Together, dict[str, float]]:
     """The running loader, and wall seconds of an image at each of its stages there."""
     with open_loader(config, device) as loader:
         spans = watch(loader)
-        intervals, queue = _consume(loader, seconds, warm_up=2 * config.data.prefetch_batches + 2, spans=spans)
+        intervals, queue = consume(loader, seconds, warm_up=2 * config.data.prefetch_batches + 2, spans=spans)
         decoder, rows = loader.maker.decoder, loader.maker.feeder.local_batch
     images = rows * len(intervals.seconds)
     rate = images / sum(intervals.seconds)
@@ -297,13 +159,17 @@ def _together(
 
 
 @dataclass
-class _Intervals:
+class Intervals:
+    """A stretch of batches taken as fast as they came."""
+
     seconds: list[float]
+    """between one batch and the next"""
     spent: dict[str, Any]
+    """in the loader's stages, where they were watched"""
     around: Neighbours
 
 
-def _consume(loader: Loader, seconds: float, warm_up: int, spans: Spans | None = None) -> tuple[_Intervals, list[int]]:
+def consume(loader: Loader, seconds: float, warm_up: int, spans: Spans | None = None) -> tuple[Intervals, list[int]]:
     """Takes batches as fast as they come; seconds between them and the queue's length at each."""
     for _ in range(warm_up):
         next(loader)
@@ -321,7 +187,7 @@ def _consume(loader: Loader, seconds: float, warm_up: int, spans: Spans | None =
             taken.append(now - last)
             last = now
     spent = {name: total.minus(before[name]) for name, total in spans.snapshot().items()} if spans else {}
-    return _Intervals(taken, spent, around), queue
+    return Intervals(taken, spent, around), queue
 
 
 def _rates(intervals: list[float], rows: int) -> list[float]:
@@ -356,7 +222,7 @@ def _trial(config: PretrainConfig, device: torch.device, name: str, value: float
         except ValueError:
             return []
         with loader:
-            intervals, _ = _consume(loader, seconds, warm_up=config.data.prefetch_batches + 2)
+            intervals, _ = consume(loader, seconds, warm_up=config.data.prefetch_batches + 2)
             return _rates(intervals.seconds, loader.maker.feeder.local_batch)
 
 

@@ -9,7 +9,8 @@ resource where the shards do not fit the memory, so that every epoch reads it ag
 
 from collections.abc import Mapping
 
-from patchmill.tools.profile_loader import LoaderProfile, StageCost
+from patchmill.tools.profile_loader import LoaderProfile
+from patchmill.tools.profile_stages import StageCost
 from patchmill.tools.verdict import CORES, DEVICE, FRONT, GIL, LINK, STEP, STORAGE, THREADS, Model, Stage
 
 DECODER = "decoder"

@@ -18,7 +18,7 @@ from patchmill.pipeline.decode_cpu import CpuDecoder
 from patchmill.pipeline.feed import Feeder
 from patchmill.pipeline.images import decode_image
 from patchmill.tools.normalise import Policy, normalise
-from patchmill.tools.profile_loader import open_loader
+from patchmill.tools.profile_spans import open_loader
 from patchmill.tools.strict_decode import Rejected
 from patchmill.tools.verdict import CORES, THREADS, Model, Stage
 from patchmill.trainer.config import PretrainConfig

@@ -7,11 +7,17 @@ and every training run, stay as they are. A span costs under two microseconds, a
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any, NamedTuple
+
+import torch
 
 from patchmill.pipeline.decode_cpu import CpuDecoder
 from patchmill.pipeline.feed import StepPlan
 from patchmill.pipeline.loader import Loader
+from patchmill.trainer.config import PretrainConfig
+from patchmill.trainer.pretrain import open_loader as open_run_loader
+from patchmill.trainer.world import World
 
 PLAN, FETCH, DECODE, RESIZE, TASK, BATCH, COPY = "plan", "fetch", "decode", "resize", "task", "batch", "copy"
 
@@ -84,6 +90,11 @@ class TimedFeeder:
     def decoded(self, plan: StepPlan, slot: int, data: bytes, decode: Callable) -> Any:
         """As the feeder's, with the decoder's call counted."""
         return self._feeder.decoded(plan, slot, data, self._spans.timed(DECODE, decode))
+
+
+def open_loader(config: PretrainConfig, device: torch.device, **data: Any) -> Loader:
+    """The loader of a run on one rank, with options of its data changed."""
+    return open_run_loader(replace(config, data=replace(config.data, **data)), World(0, 1, device))
 
 
 def watch(loader: Loader) -> Spans:

@@ -240,12 +240,14 @@ def _with_threads(step: Callable[[], object], threads: int) -> Callable[[], obje
     return run
 
 
-def fitting_batch(config: PretrainConfig, device: torch.device, wanted: int | None) -> PretrainConfig:
-    """The config with the batch that one device is measured with, in one part.
+def fitting_batch(
+    config: PretrainConfig, device: torch.device, wanted: int | None = None, ranks: int = 1
+) -> PretrainConfig:
+    """The config with the batch that one of its devices is measured with, in one part.
 
     It is what was asked for, else the recipe's own; on a CPU no more than about a second of arithmetic.
     """
-    batch = wanted or config.train.global_batch // config.train.accum_steps
+    batch = wanted or max(1, config.train.global_batch // config.train.accum_steps // ranks)
     if wanted is None and device.type == "cpu":
         most = max(1, int(1e12 / train_flops_per_image(config.model, config.mask)))
         batch = min(batch, 1 << (most.bit_length() - 1))

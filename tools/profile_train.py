@@ -1,51 +1,33 @@
 """the real loop -> [patchmill profile train] -> where its time goes: data wait, update, the rest; slow steps and ranks.
 
-`patchmill pretrain` itself runs in a folder that is thrown away, and three names that it calls are wrapped meanwhile:
-what opens the loader, what updates, and what writes metrics. It ends after so many steps, on all ranks the same, before
-it would save. On a GPU the host runs ahead of the device, so that an update's seconds are those between device events.
+The loop of `patchmill pretrain` runs in a folder that is thrown away; profile_watch.py stands around it with a watch.
 """
 
 import os
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import torch
-from torch import nn
 
 from patchmill.pipeline.decode_cpu import CpuDecoder
-from patchmill.pipeline.loader import Loader, build_loader
-from patchmill.tools.profile_spans import BATCH, COPY, DECODE, FETCH, PLAN, RESIZE, TASK, Spans, Total, watch
+from patchmill.tools.profile_spans import BATCH, COPY, DECODE, FETCH, PLAN, RESIZE, TASK, Total
 from patchmill.tools.profile_storage import percentiles
-from patchmill.tools.timing import Measured, Neighbours
+from patchmill.tools.profile_watch import Enough, RankTime, TimedMetrics, Watcher
+from patchmill.tools.timing import Measured
 from patchmill.tools.verdict import CORES, DEVICE, FRONT, STEP, THREADS, Model, Stage, Verdict, judge, straggler
-from patchmill.trainer import pretrain
 from patchmill.trainer.config import PretrainConfig
-from patchmill.trainer.loop import Progress
-from patchmill.trainer.metrics import Metrics
+from patchmill.trainer.loop import Loop
+from patchmill.trainer.metrics import train_flops_per_image
+from patchmill.trainer.pretrain import build_trainee, open_loader
 from patchmill.trainer.recipes import with_options
-from patchmill.trainer.step import update
-from patchmill.trainer.world import World
+from patchmill.trainer.world import joined_world
 
-WARM_UP_STEPS = 5
-LEAST_STEPS = 10
+STEPS = 10**9
+"""of the run whose beginning is watched: it never comes to its end"""
 SLOW = 2.0
 """times the median step: a step that counts as slow"""
-
-
-@dataclass(frozen=True)
-class RankTime:
-    """One rank's mean seconds a step before it meets the others."""
-
-    rank: int
-    wait: float
-    """for data"""
-    forward: float
-    own_seconds: float
-    """both: what the other ranks would wait for"""
 
 
 @dataclass(frozen=True)
@@ -105,123 +87,6 @@ class TrainProfile:
         return Model([Stage(name, holds) for name, holds in self.holds.items()], self.servers)
 
 
-class _Enough(Exception):
-    """Ends the loop from within its progress call."""
-
-
-class _Watcher:
-    """Stands around the loop and writes down what passes."""
-
-    def __init__(self, seconds: float, device: torch.device) -> None:
-        self.seconds, self.device = seconds, device
-        self.world = World(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")), device)
-        self.loader: Loader | None = None
-        self.spans = Spans()
-        self.steps: list[float] = []
-        self.waits: list[float] = []
-        self.updates: list[float] = []
-        self.forwards: list[float] = []
-        self.queue: list[int] = []
-        self.events: list[tuple[Any, Any]] = []
-        self.meters = 0.0
-        self.target = 0
-        self.count = 0
-        self.last, self.waited, self.entered = 0.0, 0.0, 0.0
-
-    def open_loader(self, *args: Any, **options: Any) -> Loader:
-        """build_loader, watched."""
-        self.loader = build_loader(*args, **options)
-        self.spans = watch(self.loader)
-        return self.loader
-
-    def update(self, model: nn.Module, *args: Any, **options: Any) -> Any:
-        """step.update, timed; the forward pass apart, since ranks meet only after it."""
-        if not self.count:
-            self._watch_forward(model)
-        assert self.loader is not None
-        if self.loader._prefetcher is not None:
-            self.queue.append(self.loader._prefetcher._queue.qsize())
-        self.count += 1
-        start, first = time.perf_counter(), self._event()
-        values = update(model, *args, **options)
-        self.events.append((first, self._event()))
-        self.updates.append(time.perf_counter() - start)
-        return values
-
-    def progress(self, _: Progress) -> None:
-        """After each step."""
-        assert self.loader is not None
-        now = time.perf_counter()
-        if self.count > WARM_UP_STEPS:
-            self.steps.append(now - self.last)
-            self.waits.append(self.loader.wait_seconds - self.waited)
-        elif self.count == WARM_UP_STEPS:
-            wanted = max(LEAST_STEPS, int(self.seconds / max(now - self.last, 1e-6)))
-            self.target = self.world.agree(wanted)
-            self.begin()
-        if self.target and len(self.steps) >= self.target:
-            self.finish()
-            raise _Enough
-        self.last, self.waited = time.perf_counter(), self.loader.wait_seconds
-
-    def begin(self) -> None:
-        """The warm-up is over."""
-        self._synchronise()
-        self.updates, self.forwards, self.queue, self.events, self.meters = [], [], [], [], 0.0
-        self.before = self.spans.snapshot()
-        self.around = Neighbours().__enter__()
-
-    def finish(self) -> None:
-        """Enough steps are done."""
-        self._synchronise()
-        self.around.__exit__()
-        self.spent = {name: total.minus(self.before[name]) for name, total in self.spans.snapshot().items()}
-        if self.device.type == "cuda":
-            self.updates = [first.elapsed_time(last) / 1e3 for first, last in self.events]
-        own = torch.tensor([sum(self.waits), sum(self.forwards)]) / len(self.steps)
-        own_seconds = [row.tolist() for row in self.world.gather(own)]
-        self.ranks = [RankTime(rank, each[0], each[1], sum(each)) for rank, each in enumerate(own_seconds)]
-
-    def timed_meters(self) -> type[Metrics]:
-        """Metrics, timed."""
-        watcher = self
-
-        class TimedMetrics(Metrics):
-            def add(self, *args: Any, **options: Any) -> None:
-                start = time.perf_counter()
-                super().add(*args, **options)
-                watcher.meters += time.perf_counter() - start
-
-            def flush(self, *args: Any, **options: Any) -> None:
-                watcher._synchronise()  # what the device still has to do is the update's time, not the meters'
-                start = time.perf_counter()
-                super().flush(*args, **options)
-                watcher.meters += time.perf_counter() - start
-
-        return TimedMetrics
-
-    def _watch_forward(self, model: nn.Module) -> None:
-        def enter(*_: object) -> None:
-            self.entered = time.perf_counter()
-
-        def leave(*_: object) -> None:
-            self.forwards.append(time.perf_counter() - self.entered)
-
-        model.register_forward_pre_hook(enter)
-        model.register_forward_hook(leave)
-
-    def _event(self) -> Any:
-        if self.device.type != "cuda":
-            return None
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    def _synchronise(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-
-
 def measure_train(config: PretrainConfig, device: torch.device, seconds: float) -> TrainProfile:
     """Runs the training loop for about `seconds`; on several ranks each calls it.
 
@@ -229,35 +94,32 @@ def measure_train(config: PretrainConfig, device: torch.device, seconds: float) 
         config: its train.global_batch is that of all ranks together.
     """
     config = with_options(
-        config, train__total_steps=10**9, train__total_images=None, train__save_every_steps=10**9,
-        train__picture_every_epochs=None, eval__every_epochs=None, resume="never",
+        config, train__total_steps=STEPS, train__total_images=None, train__save_every_steps=STEPS,
+        train__picture_every_epochs=None, train__spectrum_every_epochs=None, eval__every_epochs=None,
+        device=device.type,
     )  # fmt: skip
-    watcher = _Watcher(seconds, device)
-    with TemporaryDirectory(prefix="patchmill-profile-") as folder, _wrapped(watcher), suppress(_Enough):
-        pretrain.pretrain(replace(config, out=folder), watcher.progress)
-    return _profile(watcher, config)
+    with (
+        TemporaryDirectory(prefix="patchmill-profile-") as folder,
+        joined_world(config.device, config.train.rank_timeout_seconds) as world,
+        open_loader(config, world) as loader,
+    ):
+        config = replace(config, out=folder)
+        watcher = Watcher(loader, world, seconds)
+        loop = Loop(config, world, watcher.wrap(build_trainee(config, world)), loader, STEPS)
+        metrics = TimedMetrics(
+            Path(folder), world, global_batch=config.train.global_batch, tensorboard=config.train.tensorboard,
+            flops_per_image=train_flops_per_image(config.model, config.mask), wandb=None,
+        )  # fmt: skip
+        metrics.watcher = watcher
+        try:
+            with suppress(Enough):
+                loop.run(0, metrics, [], watcher.progress)
+        finally:
+            metrics.close()
+        return _profile(watcher, config)
 
 
-@contextmanager
-def _wrapped(watcher: _Watcher) -> Iterator[None]:
-    """Lets the loop call the watcher for a while."""
-    wrapped: dict[str, Callable] = {
-        "build_loader": watcher.open_loader,
-        "update": watcher.update,
-        "Metrics": watcher.timed_meters(),
-    }
-    usual = {name: getattr(pretrain, name) for name in wrapped}
-    try:
-        for name, function in wrapped.items():
-            setattr(pretrain, name, function)
-        yield
-    finally:
-        for name, function in usual.items():
-            setattr(pretrain, name, function)
-
-
-def _profile(watcher: _Watcher, config: PretrainConfig) -> TrainProfile:
-    assert watcher.loader is not None
+def _profile(watcher: Watcher, config: PretrainConfig) -> TrainProfile:
     wall, steps = sum(watcher.steps), len(watcher.steps)
     rows, size = watcher.loader.maker.feeder.local_batch, watcher.world.size
     wait, updating = sum(watcher.waits), sum(watcher.updates)

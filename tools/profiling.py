@@ -32,7 +32,7 @@ from patchmill.tools.verdict import CORES, Model, Verdict, judge
 from patchmill.tools.whole import whole_file
 from patchmill.trainer.config import PretrainConfig
 from patchmill.trainer.config_file import from_toml
-from patchmill.trainer.recipes import RECIPES, get_recipe
+from patchmill.trainer.recipes import RECIPES, get_recipe, with_options
 
 MODES = ("loader", "step", "train", "kernels", "all")
 EXAMPLE = """\
@@ -151,7 +151,7 @@ def measure(mode: str, options: ProfileConfig, command: str) -> dict[str, Any] |
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     if ranks > 1 and mode != "train":
         raise ValueError(f"profile {mode} measures one rank; start it without torchrun (train takes several)")
-    config = fitting_batch(options.run, device, options.batch)
+    config = fitting_batch(options.run, device, options.batch, ranks)
     folder = Path(config.out)
     folder.mkdir(parents=True, exist_ok=True)
     sections: dict[str, Any] = {}
@@ -170,7 +170,8 @@ def measure(mode: str, options: ProfileConfig, command: str) -> dict[str, Any] |
             trials = measure_trials(config, device, options.seconds / 6)
         if mode in ("train", "all"):
             say("[dim]running the training loop")
-            sections["train"] = measure_train(config, device, options.seconds)
+            whole = with_options(config, train__global_batch=config.train.global_batch * ranks)
+            sections["train"] = measure_train(whole, device, options.seconds)
     if not _is_first():
         return None
     model, verdict, found = conclude(sections, trials, config, around.noise)
@@ -190,7 +191,11 @@ def conclude(
     if step is not None:
         base = model or Model([], {CORES: float(len(os.sched_getaffinity(0)))})
         model = with_step(base, step.seconds_per_image, step.cpu_seconds / step.batch, step.seconds.spread)
-    measured = loader.together.images_per_s.median if loader is not None and step is None else None
+    measured = None
+    if loader is not None and step is None:
+        measured = loader.together.images_per_s.median
+    if train is not None:
+        measured = train.images_per_s / train.world_size
     verdict = judge(model, noise, measured) if model is not None else None
     if train is not None and (model is None or len(train.ranks) > 1):
         model, verdict = train.model(), train.judge(noise)
