@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from small_runs import small_run
 
 from patchmill.pipeline.loader import DataConfig, build_loader
 from patchmill.pipeline.masks import MaskConfig
@@ -15,7 +16,6 @@ from patchmill.trainer.checkpoint import load_model
 from patchmill.trainer.metrics import read_metrics
 from patchmill.trainer.pictures import reconstruct
 from patchmill.trainer.pretrain import pretrain
-from patchmill.trainer.recipes import get_recipe, with_options
 from photos import make_dataset, photograph
 
 SHAPES: dict[str, dict[str, Any]] = {
@@ -53,19 +53,15 @@ def test_it_trains_and_is_reconstructed(name, datasets, tmp_path):
     shape, run, sheet = SHAPES[name], tmp_path / "run", tmp_path / "sheet.png"
     channels = shape.get("channels", 3)
     dataset = datasets[5 if channels == 5 else 3]
-    small = {"embed_dim": 32, "depth": 1, "num_heads": 2, "decoder_embed_dim": 16, "decoder_depth": 1}
-    model_options = {f"model__{key}": value for key, value in {**small, "decoder_num_heads": 2, **shape}.items()}
-    config = with_options(
-        get_recipe("mae-tiny"),
-        data__path=str(dataset),
-        out=str(run),
-        device="cpu",
+    config = small_run(
+        dataset,
+        run,
         train__global_batch=4,
         train__total_steps=3,
         train__tensorboard=False,
         optim__blr=0.1,
         optim__warmup_epochs=0.0,
-        **model_options,
+        **{f"model__{key}": value for key, value in shape.items()},
     )
     pretrain(config)
     losses = [line["loss"] for line in read_metrics(run)]

@@ -10,6 +10,7 @@ import torch
 from ranks import next_world, run_ranks
 from safetensors.torch import load_file
 from small_models import TINY
+from small_runs import small_run
 
 from patchmill.pipeline.masks import MaskConfig, MaskPlan
 from patchmill.trainer import checkpoint, metrics
@@ -17,7 +18,6 @@ from patchmill.trainer.config_file import from_toml
 from patchmill.trainer.metrics import read_metrics, train_flops_per_image
 from patchmill.trainer.models import build_model
 from patchmill.trainer.pretrain import pretrain
-from patchmill.trainer.recipes import get_recipe, with_options
 from patchmill.trainer.resize import resize_model
 from patchmill.trainer.size_schedule import first_steps, size_at
 from photos import make_dataset
@@ -41,24 +41,15 @@ def whole(dataset, tmp_path_factory):
 
 
 def config_of(dataset, run, **changes):
-    fixed: dict[str, Any] = {
-        "model__image_size": 32,
-        "model__embed_dim": 32,
-        "model__depth": 2,
-        "model__num_heads": 2,
-        "model__decoder_embed_dim": 16,
-        "model__decoder_num_heads": 2,
-        "train__global_batch": 8,
+    fixed = {
         "train__total_steps": STEPS,
         "train__save_every_steps": 2,
         "train__keep_last": 20,
         "train__log_every_steps": 2,
-        "train__precision": "fp32",
         "train__tensorboard": False,
         "train__size_schedule": SCHEDULE,
-        "device": "cpu",
     }
-    return with_options(get_recipe("mae-tiny"), data__path=str(dataset), out=str(run), **fixed | changes)
+    return small_run(dataset, run, **fixed | changes)
 
 
 def trajectory(run, *names):

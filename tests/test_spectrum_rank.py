@@ -10,13 +10,13 @@ from PIL import Image
 from ranks import next_world, run_ranks
 from safetensors.torch import load_file
 from small_models import random_checkpoint
+from small_runs import small_run
 
 from patchmill.tools import cli
 from patchmill.trainer import checkpoint
 from patchmill.trainer.interop import write_checkpoint
 from patchmill.trainer.metrics import SPECTRA, read_lines, read_metrics
 from patchmill.trainer.pretrain import open_loader, pretrain
-from patchmill.trainer.recipes import get_recipe, with_options
 from patchmill.trainer.spectrum import take_spectrum
 from patchmill.trainer.world import World
 from photos import make_dataset
@@ -31,21 +31,12 @@ def dataset(tmp_path_factory):
 
 def config_of(dataset, run, **changes):
     fixed = {
-        "model__image_size": 32,
-        "model__embed_dim": 32,
-        "model__depth": 2,
-        "model__num_heads": 2,
-        "model__decoder_embed_dim": 16,
-        "model__decoder_num_heads": 2,
-        "train__global_batch": 8,
         "train__total_steps": STEPS,
         "train__save_every_steps": 5,
         "train__log_every_steps": 3,
-        "train__precision": "fp32",
         "train__spectrum_every_epochs": 1.0,
-        "device": "cpu",
     }
-    return with_options(get_recipe("mae-tiny"), data__path=str(dataset), out=str(run), **fixed | changes)
+    return small_run(dataset, run, **fixed | changes)
 
 
 def train_on_two_ranks(rank, dataset, folder):

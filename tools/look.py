@@ -1,19 +1,17 @@
 """patchmill look: checkpoint + shards -> a PNG of images, their features as colours, and where each head looks."""
 
-import dataclasses
 import inspect
 import sys
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Literal
 
 import torch
 import tyro
 
 from patchmill.pipeline.data_config import DataConfig
-from patchmill.pipeline.loader import build_loader
 from patchmill.pipeline.masks import MaskConfig
 from patchmill.tools import cli
+from patchmill.tools.picture_cli import check_picture, first_batch
 from patchmill.trainer.encoder import Encoder
 from patchmill.trainer.interop import load_encoder
 from patchmill.trainer.looking import class_attention, feature_colours
@@ -62,11 +60,7 @@ def main(argv: list[str]) -> int:
     """Runs the command."""
     about = inspect.getdoc(LookConfig)  # given apart, since tyro leaves out the example
     config = tyro.cli(LookConfig, prog="patchmill look", description=about, args=argv)
-    out = Path(config.out)
-    if out.suffix.lower() != ".png":
-        raise ValueError(f"--out {out} must end in .png")
-    if not config.data.path:
-        raise ValueError("no data: give --data.path DIR, a folder that `patchmill shard` wrote")
+    out = check_picture(config.out, config.data)
     if config.images < 1 or not config.show:
         raise ValueError("--images must be at least 1, and --show at least one of features, attention")
     device = join_world(config.device).device
@@ -85,17 +79,8 @@ def look(encoder: Encoder, config: LookConfig, device: torch.device) -> list[Col
         ValueError: the data cannot be used, or the encoder has no such block.
     """
     c = encoder.config
-    with build_loader(
-        dataclasses.replace(config.data, last_batch="fill"),  # a dataset may be smaller than the sheet
-        image_size=c.image_size,
-        patch_size=c.patch_size,
-        channels=c.channels,
-        mask=MaskConfig(),
-        seed=config.seed,
-        global_batch=max(config.images, PCA_IMAGES),
-        device=device,
-    ) as loader:
-        many_BHWC = next(loader).images
+    count = max(config.images, PCA_IMAGES)
+    many_BHWC = first_batch(config.data, c, MaskConfig(), seed=config.seed, count=count, device=device).images
     images_BHWC = many_BHWC[: config.images]
     columns = [Column("image", images_BHWC)]
     if "features" in config.show:

@@ -4,16 +4,15 @@ import dataclasses
 import inspect
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import tyro
 
 from patchmill.pipeline.batch import Batch
 from patchmill.pipeline.data_config import DataConfig
-from patchmill.pipeline.loader import build_loader
 from patchmill.pipeline.masks import KINDS, MaskConfig, MaskPlan
 from patchmill.tools import cli
+from patchmill.tools.picture_cli import check_picture, first_batch
 from patchmill.trainer.checkpoint import load_model
 from patchmill.trainer.pictures import reconstruct
 from patchmill.trainer.sheets import Column, write_sheet
@@ -54,11 +53,7 @@ def main(argv: list[str]) -> int:
     """Runs the command."""
     about = inspect.getdoc(ReconstructConfig)
     config = tyro.cli(ReconstructConfig, prog="patchmill reconstruct", description=about, args=argv)
-    out = Path(config.out)
-    if out.suffix.lower() != ".png":
-        raise ValueError(f"--out {out} must end in .png")
-    if not config.data.path:
-        raise ValueError("no data: give --data.path DIR, a folder that `patchmill shard` wrote")
+    out = check_picture(config.out, config.data)
     count, across = config.images or (8 if config.masks else 16), config.across or (1 if config.masks else 2)
     if min(count, across) < 1 or 0 in (config.images, config.across):
         raise ValueError("--images and --across must be at least 1")
@@ -66,17 +61,7 @@ def main(argv: list[str]) -> int:
     device = join_world(config.device).device
     model, source = load_model(config.checkpoint)
     model.to(device)
-    with build_loader(
-        dataclasses.replace(config.data, last_batch="fill"),  # a dataset may be smaller than the grid
-        image_size=model.config.image_size,
-        patch_size=model.config.patch_size,
-        channels=model.config.channels,
-        mask=masks[0],
-        seed=config.seed,
-        global_batch=count,
-        device=device,
-    ) as loader:
-        batch = next(iter(loader))
+    batch = first_batch(config.data, model.config, masks[0], seed=config.seed, count=count, device=device)
     columns = [column for mask in masks for column in mask_columns(model, batch, mask, config.seed)]
     out.parent.mkdir(parents=True, exist_ok=True)
     write_sheet([*columns, Column("original", batch.images)], out, across=across)

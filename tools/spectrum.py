@@ -4,7 +4,6 @@ import inspect
 import json
 import sys
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Literal
 
 import tyro
@@ -13,6 +12,7 @@ from rich.table import Table
 
 from patchmill.pipeline.data_config import DataConfig
 from patchmill.tools import cli
+from patchmill.tools.picture_cli import check_picture
 from patchmill.tools.whole import whole_file
 from patchmill.trainer.eval_config import Pool
 from patchmill.trainer.eval_pictures import write_spectra
@@ -59,11 +59,7 @@ def main(argv: list[str]) -> int:
     """Runs the command."""
     about = inspect.getdoc(SpectrumConfig)  # given apart, since tyro leaves out the example
     config = tyro.cli(SpectrumConfig, prog="patchmill spectrum", description=about, args=argv)
-    out, names = Path(config.out), config.names or config.checkpoints
-    if out.suffix.lower() != ".png":
-        raise ValueError(f"--out {out} must end in .png")
-    if not config.data.path:
-        raise ValueError("no data: give --data.path DIR, a folder that `patchmill shard` wrote")
+    out, names = check_picture(config.out, config.data), config.names or config.checkpoints
     if not config.checkpoints or len(names) != len(config.checkpoints):
         raise ValueError(f"--checkpoints needs at least one, and --names one for each: {len(config.checkpoints)}")
     if config.max_images < 2 or config.batch_size < 1:
