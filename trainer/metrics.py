@@ -241,7 +241,7 @@ def _open_wandb(run: Path, project: str) -> Any:
     try:
         import wandb
     except ImportError as error:
-        raise ValueError("train.wandb needs Weights & Biases: pip install wandb, or leave it out") from error
+        raise ValueError(f"train.wandb needs Weights & Biases ({error}): pip install wandb, or leave it out") from error
     # the run's folder is its identity: a resumed run goes on in the same place
     identity = hashlib.sha256(str(run.resolve()).encode()).hexdigest()[:16]
     return wandb.init(project=project, name=run.name, id=identity, resume="allow", dir=str(run))

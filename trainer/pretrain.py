@@ -73,9 +73,10 @@ def pretrain(config: PretrainConfig, on_progress: Callable[[Progress], None] = l
             raise ValueError(f"{resumed_from} is past the end of this run ({total_steps} steps); give it more steps")
         if world.is_first:
             open_run(run, config, start)
-            write_status(run, "running", start, total_steps)
         world.barrier()
         metrics = _metrics(config, world)
+        if world.is_first:
+            write_status(run, "running", start, total_steps)
         try:
             step = loop.run(start, metrics, stop, on_progress)
         except (OSError, ValueError, ArithmeticError, RuntimeError) as error:
