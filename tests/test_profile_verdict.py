@@ -18,7 +18,7 @@ def test_the_worked_example_of_the_docstring():
     assert verdict.share == pytest.approx(0.75)
     assert verdict.headroom == pytest.approx(2.5)
     assert verdict.next_stage == STEP
-    assert verdict.sentence.startswith("decode binds: 1,000 images/s of the 2,500 that the step could take (40%)")
+    assert verdict.sentence.startswith("decode binds: 1,000 of the 2,500 images/s that the step could take (40%); it")
 
 
 def test_the_slowest_resource_binds_and_not_the_longest_stage():

@@ -34,6 +34,8 @@ from patchmill.trainer.config import PretrainConfig
 from patchmill.trainer.config_file import from_toml
 from patchmill.trainer.recipes import RECIPES, get_recipe, with_options
 
+NAMED_REMEDIES = 2
+"""in the sentence"""
 MODES = ("loader", "step", "train", "kernels", "all")
 EXAMPLE = """\
 Measures a loader, a step, the training loop or our operators, and says what binds, by how much, and what would help.
@@ -200,6 +202,9 @@ def conclude(
     if train is not None and (model is None or len(train.ranks) > 1):
         model, verdict = train.model(), train.judge(noise)
     found = remedies(model, [*trials, *(step.trials if step else [])], config.data.repeats) if model else []
+    if verdict is not None and found:
+        best = ", ".join(f"{remedy.title} (x{remedy.gain:.1f})" for remedy in found[:NAMED_REMEDIES])
+        verdict = dataclasses.replace(verdict, sentence=f"{verdict.sentence} Would help: {best}.")
     return model, verdict, found
 
 

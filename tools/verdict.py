@@ -7,7 +7,7 @@ serve c / s images a second, and a run goes at most as fast as its slowest resou
 
     decode holds a thread and a core for 1.5 ms, resize for 0.5 ms, the step holds the device for 0.4 ms
     2 threads: 2 / 2.0 ms = 1,000 images/s    2 cores: 1,000 images/s    device: 1 / 0.4 ms = 2,500 images/s
-    -> the threads bind, most of their time is decode's: "decode binds: 1,000 of the 2,500 images/s that the step takes"
+    -> the threads bind, most of their time is decode's: "decode binds: 1,000 of the 2,500 images/s ..."
 
 It is a bound: queues that are short and stages that vary lose a little. Ratios of two predictions lose the same, which
 is why gains are predicted as ratios (profile_remedies.py). Pure functions of measured numbers; nothing is timed here.
@@ -138,34 +138,34 @@ def straggler(own_seconds_R: Sequence[float]) -> int | None:
 
 
 def _sentence(verdict: Verdict, model: Model, noise: str | None) -> str:
-    rate = f"{verdict.images_per_s:,.0f} images/s"
-    if verdict.measured is not None and not 1 / CLOSE < verdict.measured / verdict.images_per_s < CLOSE:
-        rate += f" (its parts allow; {verdict.measured:,.0f} as it ran)"
+    rate, facts = verdict.images_per_s, []
     if verdict.stage == STEP:
-        text = f"the step binds: {rate}"
+        facts.append(f"the step binds: {rate:,.0f} images/s")
         data = model.without(STEP).supplies()
         if data:
-            times = next(iter(data.values())) / verdict.images_per_s
-            text += (
-                f"; the loader could give {times:.1f} times as many" if times > CLOSE else "; the loader just keeps up"
-            )
-    elif verdict.wanted is not None:
-        share = verdict.images_per_s / verdict.wanted
-        text = f"{verdict.stage} binds: {rate} of the {verdict.wanted:,.0f} that the step could take ({share:.0%})"
+            times = next(iter(data.values())) / rate
+            facts.append(f"the loader {f'could give {times:.1f} times as many' if times > CLOSE else 'just keeps up'}")
     else:
-        text = f"{verdict.stage} binds the loader: {rate}"
-    if verdict.resource in (CORES, THREADS, GIL) and verdict.stage != verdict.resource:
-        text += f" ({verdict.share:.0%} of the time of the {_count(model, verdict.resource)})"
-    if verdict.next_stage and verdict.headroom is not None and verdict.stage != STEP:
-        text += f"; next binds {verdict.next_stage}, at {verdict.headroom:.1f} times this rate"
-    if not verdict.certain:
-        reason = noise or "the two are closer than their measurements spread"
-        text += f". Too noisy to tell {verdict.stage} from {verdict.next_stage} ({reason})"
-    elif verdict.headroom is not None and verdict.headroom < CLOSE and verdict.stage != STEP:
-        text += " (near to balance: relieving one alone gains little)"
+        if verdict.wanted is None:
+            facts.append(f"{verdict.stage} binds the loader: {rate:,.0f} images/s")
+        else:
+            of_step = f"{rate:,.0f} of the {verdict.wanted:,.0f} images/s that the step could take"
+            facts.append(f"{verdict.stage} binds: {of_step} ({rate / verdict.wanted:.0%})")
+        if verdict.share < 1:
+            facts.append(f"it takes {verdict.share:.0%} of the time of the {_count(model, verdict.resource)}")
+        if verdict.next_stage and verdict.headroom is not None:
+            facts.append(f"{verdict.next_stage} would bind next, at {verdict.headroom:.1f} times this rate")
+    text = "; ".join(facts) + "."
+    if verdict.measured is not None and not 1 / CLOSE < verdict.measured / rate < CLOSE:
+        text += f" It ran at {verdict.measured:,.0f} images/s{f' while {noise}' if noise else ''}."
     elif noise:
-        text += f" (measured while {noise})"
-    return text + "."
+        text += f" Measured while {noise}."
+    if not verdict.certain:
+        reason = "" if noise else ": they are closer than their measurements spread"
+        text += f" Too noisy to tell {verdict.stage} from {verdict.next_stage}{reason}."
+    elif verdict.headroom is not None and verdict.headroom < CLOSE and verdict.stage != STEP:
+        text += " They are near to balance: relieving one alone gains little."
+    return text
 
 
 def _count(model: Model, resource: str) -> str:
