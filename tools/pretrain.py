@@ -51,8 +51,12 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def parse(argv: list[str]) -> PretrainConfig:
-    """The config of a command line: recipe or file, then options. Raises ValueError for what cannot be right."""
+def split_defaults(argv: list[str], purpose: str) -> tuple[PretrainConfig, list[str]]:
+    """The config that --recipe or --config names, and the options that are left.
+
+    Raises:
+        ValueError: both, or neither (and no --help); `purpose` says what for, as in "to train".
+    """
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--recipe")
     first.add_argument("--config")
@@ -60,8 +64,13 @@ def parse(argv: list[str]) -> PretrainConfig:
     if chosen.recipe and chosen.config:
         raise ValueError("--recipe and --config both give defaults; leave one out")
     if not (chosen.recipe or chosen.config) and not {"-h", "--help"} & set(rest):
-        raise ValueError(f"say what to train: --recipe NAME (one of {', '.join(RECIPES)}) or --config FILE")
-    default = from_toml(chosen.config) if chosen.config else get_recipe(chosen.recipe or "mae-vit-b16")
+        raise ValueError(f"say what {purpose}: --recipe NAME (one of {', '.join(RECIPES)}) or --config FILE")
+    return from_toml(chosen.config) if chosen.config else get_recipe(chosen.recipe or "mae-vit-b16"), rest
+
+
+def parse(argv: list[str]) -> PretrainConfig:
+    """The config of a command line: recipe or file, then options. Raises ValueError for what cannot be right."""
+    default, rest = split_defaults(argv, "to train")
     config = tyro.cli(
         PretrainConfig,
         prog="patchmill pretrain",

@@ -4,7 +4,6 @@ Modes measure (profile_loader, profile_step, profile_train, profile_kernels), th
 found (profile_model, verdict, profile_remedies), and the rest draws it (profile_tables, profile_pictures, ...).
 """
 
-import argparse
 import dataclasses
 import os
 import shlex
@@ -18,6 +17,7 @@ import tyro
 from rich.console import Console
 
 from patchmill.tools import cli, profile_diff, profile_report, profile_tables
+from patchmill.tools.pretrain import split_defaults
 from patchmill.tools.profile_kernels import measure_kernels
 from patchmill.tools.profile_loader import LoaderProfile, measure_loader
 from patchmill.tools.profile_model import loader_model, with_step
@@ -31,9 +31,9 @@ from patchmill.tools.timing import Neighbours
 from patchmill.tools.verdict import CORES, Model, Verdict, judge
 from patchmill.tools.whole import whole_file
 from patchmill.trainer.config import PretrainConfig
-from patchmill.trainer.config_file import from_toml
-from patchmill.trainer.recipes import RECIPES, get_recipe, with_options
+from patchmill.trainer.recipes import RECIPES, with_options
 
+FOLDER = "profile"
 NAMED_REMEDIES = 2
 """in the sentence"""
 MODES = ("loader", "step", "train", "kernels", "all")
@@ -127,22 +127,12 @@ def plan(argv: list[str]) -> int:
 
 def parse(argv: list[str]) -> ProfileConfig:
     """The options of a command line. Raises ValueError for what cannot be right."""
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--recipe")
-    first.add_argument("--config")
-    chosen, rest = first.parse_known_args(argv)
-    if chosen.recipe and chosen.config:
-        raise ValueError("--recipe and --config both give defaults; leave one out")
-    if not (chosen.recipe or chosen.config) and not {"-h", "--help"} & set(rest):
-        raise ValueError(f"say what to profile: --recipe NAME (one of {', '.join(RECIPES)}) or --config FILE")
-    run = from_toml(chosen.config) if chosen.config else get_recipe(chosen.recipe or "mae-vit-b16")
-    if not chosen.config:
-        rest = rest if "--out" in rest else [*rest, "--out", "profile"]
+    run, rest = split_defaults(argv, "to profile")
     return tyro.cli(
         ProfileConfig,
         prog="patchmill profile MODE",
         description=EXAMPLE.format(names=", ".join(RECIPES)),
-        default=ProfileConfig(run=run),
+        default=ProfileConfig(run=dataclasses.replace(run, out=FOLDER)),  # never a run's own folder
         args=rest,
     )
 
