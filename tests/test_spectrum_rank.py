@@ -160,12 +160,12 @@ def checkpoints(tmp_path_factory):
 def test_checkpoints_are_compared(checkpoints, dataset, tmp_path, capsys):
     out, features = tmp_path / "new" / "spectra.png", tmp_path / "f.safetensors"
     options = ["--data.path", str(dataset), "--out", str(out), "--batch-size", "16"]
-    assert cli.run("spectrum", ["--checkpoints", *checkpoints, *options, "--names", "first", "second"]) == 0
+    assert cli.run("spectrum", ["--checkpoints", *checkpoints, *options, "--names", "seeds", "seeds"]) == 0
     shown = capsys.readouterr().out
     lines = json.loads(out.with_suffix(".json").read_text())
     assert [(line["name"], line["checkpoint"], line["images"]) for line in lines] == [
-        ("first", checkpoints[0], 40),
-        ("second", checkpoints[1], 40),
+        ("seeds", checkpoints[0], 40),
+        ("seeds", checkpoints[1], 40),
     ]
     assert len(lines[0]["singular_values"]) == 32
     options = ["--data.path", str(dataset), "--out", str(features)]

@@ -120,15 +120,15 @@ def run(config: PretrainConfig) -> Summary | None:
     return summary
 
 
-def _stages(lines: list[dict]) -> dict[str, Spectrum]:
+def _stages(lines: list[dict]) -> list[tuple[str, Spectrum]]:
     """Spectra of spectra.jsonl for the picture: the first, the last, and some between."""
     count = min(STAGES, len(lines))
     chosen = [lines[round(i * (len(lines) - 1) / max(count - 1, 1))] for i in range(count)]
-    return {
-        f"step {line['step']:,}": Spectrum(line["effective_rank"], line["singular_values"], line["images"])
+    return [
+        (f"step {line['step']:,}", Spectrum(line["effective_rank"], line["singular_values"], line["images"]))
         for line in chosen
         if line["singular_values"]
-    }
+    ]
 
 
 def report(summary: Summary) -> None:

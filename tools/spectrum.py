@@ -40,7 +40,7 @@ class SpectrumConfig:
     """the PNG to write; the numbers go beside it as .json"""
     data: DataConfig = field(default_factory=DataConfig)
     names: tuple[str, ...] = ()
-    """what the picture calls them; unset: as they were given"""
+    """what the picture calls them; those of one name (seeds) get one colour; unset: as they were given"""
     pool: Pool = "cls"
     """feature: the class token, or the mean of the patches"""
     crop_fraction: float = 0.875
@@ -65,18 +65,20 @@ def main(argv: list[str]) -> int:
     if config.max_images < 2 or config.batch_size < 1:
         raise ValueError("--max-images must be at least 2, and --batch-size at least 1")
     world = join_world(config.device)
-    found = {}
+    found = []
     for name, checkpoint in zip(names, config.checkpoints, strict=True):
         with Console(stderr=True).status(f"features of {checkpoint}"):
-            found[name] = checkpoint_spectrum(config, checkpoint, world)
+            found.append((name, checkpoint_spectrum(config, checkpoint, world)))
     with whole_file(out.with_suffix(".json")) as path:
         lines = [
-            {"name": name, "checkpoint": checkpoint, **found[name]._asdict()}
-            for name, checkpoint in zip(names, config.checkpoints, strict=True)
+            {"name": name, "checkpoint": checkpoint, **spectrum._asdict()}
+            for (name, spectrum), checkpoint in zip(found, config.checkpoints, strict=True)
         ]
         path.write_text(json.dumps(lines) + "\n", encoding="utf-8")
     token = "class token" if config.pool == "cls" else "mean of the patches"
-    write_spectra(found, out, f"Spectrum of the {token} over {next(iter(found.values())).images:,} images")
+    _, first = found[0]
+    title = f"Spectrum of the {token}: {first.images:,} images, {len(first.singular_values)} principal axes"
+    write_spectra(found, out, title)
     _print(found)
     print(f"wrote {out} and {out.with_suffix('.json')}")
     return 0
@@ -98,12 +100,12 @@ def checkpoint_spectrum(config: SpectrumConfig, checkpoint: str, world: World) -
     return take_spectrum(features_ND)
 
 
-def _print(found: dict[str, Spectrum]) -> None:
+def _print(found: list[tuple[str, Spectrum]]) -> None:
     table = Table(box=None, pad_edge=False, caption="largest, median and smallest singular value")
     table.add_column("", overflow="fold")
     for title in ("effective rank", "of", "largest", "median", "smallest"):
         table.add_column(title, justify="right", no_wrap=True)
-    for name, (rank, values, _) in found.items():
+    for name, (rank, values, _) in found:
         shown = [f"{value:.3g}" for value in (values[0], values[len(values) // 2], values[-1])] if values else [""] * 3
         table.add_row(name, f"{rank:.1f}", str(len(values)), *shown)
     Console(file=sys.stdout).print(table)

@@ -1,5 +1,6 @@
 """results -> [eval_pictures] -> PNG: accuracy over epochs and over tuned blocks (Figure 9), confusion, spectra."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -71,25 +72,27 @@ def write_sweep(lines: dict[str, list[tuple[float, float]]], path: Path) -> None
     save_figure(figure, path)
 
 
-def write_spectra(spectra: dict[str, Spectrum], path: Path, title: str, *, in_order: bool = False) -> None:
-    """Writes a PNG of singular values (logarithmic) over their index, one line a name, with its effective rank.
+def write_spectra(spectra: Sequence[tuple[str, Spectrum]], path: Path, title: str, *, in_order: bool = False) -> None:
+    """Writes a PNG of singular values (logarithmic) over their index, with the effective rank of each name.
 
     Args:
-        spectra: name -> spectrum; those without values (features that are not finite) are left out.
+        spectra: (name, spectrum); those of one name (seeds, say) have one colour. None without values.
         in_order: the names are stages of one run: colours go from light to dark.
     """
     figure, axes = new_figure()
-    for number, (name, spectrum) in enumerate(spectra.items()):
-        shade = 0.15 + 0.8 * (number + 1) / len(spectra)
-        axes.plot(
-            range(1, 1 + len(spectrum.singular_values)),
-            [value or np.nan for value in spectrum.singular_values],
-            **({"color": _blue(shade)} if in_order else line_style(number)),
-            label=f"{name}: effective rank {spectrum.effective_rank:.1f} of {len(spectrum.singular_values)}",
-        )
+    names = list(dict.fromkeys(name for name, _ in spectra))
+    for number, name in enumerate(names):
+        style = {"color": _blue(0.15 + 0.8 * (number + 1) / len(names))} if in_order else line_style(number)
+        alike = [spectrum for other, spectrum in spectra if other == name]
+        ranks = sorted(spectrum.effective_rank for spectrum in alike)
+        label = f"{name}: effective rank {ranks[0]:.1f}" + (f" to {ranks[-1]:.1f}" if len(ranks) > 1 else "")
+        for spectrum in alike:
+            values = [value or np.nan for value in spectrum.singular_values]
+            axes.plot(range(1, 1 + len(values)), values, **style, label=label)
+            label = "_nolegend_"
     axes.set_yscale("log")
     # a last norm leaves one direction that is rounding noise alone: it would flatten everything else
-    lowest = min((s.singular_values[-2] for s in spectra.values() if len(s.singular_values) > 1), default=0)
+    lowest = min((s.singular_values[-2] for _, s in spectra if len(s.singular_values) > 1), default=0)
     if lowest > 0:
         axes.set_ylim(bottom=lowest / 2)
     axes.set(xlabel="principal axis", ylabel="singular value (features' std. deviation)", title=title)
