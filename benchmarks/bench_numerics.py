@@ -13,6 +13,7 @@ import functools
 import statistics
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
@@ -188,12 +189,19 @@ def main(argv: list[str]) -> int:
     )
     curves: dict[str, list[float]] = {}
     seconds: dict[str, float] = {}
-    began, page = time.perf_counter(), ""
+    began, page, failed = time.perf_counter(), "", 0
     for name, run in RUNS.items():
         if (run.graphed and device.type == "cpu") or time.perf_counter() - began > options.seconds:
             continue
         start = time.perf_counter()
-        curves[name] = curve(run, config, images, options.batch, options.steps)
+        try:
+            curves[name] = curve(run, config, images, options.batch, options.steps)
+        except RuntimeError:  # what cannot be compiled or captured here costs the others nothing
+            if name == "fp32":
+                raise
+            traceback.print_exc()
+            failed += 1
+            continue
         seconds[name] = time.perf_counter() - start
         print(f"{name}: {curves[name][0]:.5f} to {curves[name][-1]:.5f} in {seconds[name]:.0f} s", flush=True)
         header = ["run", "first loss", f"last {WINDOW}", "furthest from fp32", "mean of the last third", "seconds"]
@@ -203,7 +211,7 @@ def main(argv: list[str]) -> int:
         page = write_page(file, "Loss curves in several arithmetics", facts, table, data)
         draw(curves, file)
     print(page)
-    return 0
+    return failed
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import gc
 import statistics
 import sys
 import time
+import traceback
 from collections.abc import Callable, Sequence
 
 import torch
@@ -122,8 +123,9 @@ def measure(builders: Builders, profiled: bool, results: Results, config: ModelC
     for name, build in builders.items():
         try:
             steps[name], results.memory[name] = warmed(build, device)
-        except torch.OutOfMemoryError as error:
-            results.failures[name] = f"out of memory ({str(error).splitlines()[0]})"
+        except RuntimeError as error:  # out of memory, or what cannot be compiled or captured here
+            traceback.print_exc()
+            results.failures[name] = f"failed ({str(error).strip().splitlines()[0]})"
     for number in range(options.rounds):
         for name in list(steps)[:: 1 if number % 2 else -1]:
             results.seconds.setdefault(name, []).append(turn(steps[name], options.steps, device))
@@ -165,7 +167,7 @@ def sweep(batches: Sequence[int], results: Results, config: ModelConfig) -> None
             step, _ = warmed(lambda images=images: ours(config, images, "blocks"), device)  # type: ignore[misc]
             rates[batch] = batch / statistics.median(turn(step, options.steps, device) for _ in range(3))
         except torch.OutOfMemoryError as error:
-            results.failures[f"batch {batch}"] = f"out of memory ({str(error).splitlines()[0]})"
+            results.failures[f"batch {batch}"] = f"failed ({str(error).splitlines()[0]})"
             return
         results.write()
 
@@ -198,7 +200,7 @@ def main(argv: list[str]) -> int:
         if options.sweep:
             sweep(options.sweep, results, config)
             print(results.write())
-    return 0
+    return len(results.failures)
 
 
 if __name__ == "__main__":
