@@ -58,3 +58,8 @@ def test_a_resource_that_nothing_holds_binds_nothing():
 )
 def test_stragglers(seconds, rank):
     assert straggler(seconds) == rank
+
+
+def test_on_a_busy_machine_a_rank_must_be_much_slower():
+    assert straggler([0.1, 0.15], noise="busy") is None
+    assert straggler([0.1, 0.25], noise="busy") == 1

@@ -43,6 +43,7 @@ PARTS = (
     (r"decoder_blocks\.\d+\.mlp", "decoder MLP"),
     (r"decoder_blocks\.\d+(\.norm\w*)?|decoder_norm", "decoder norms, residuals"),
     (r"decoder_pred|head", "head"),
+    (r"target", "loss"),
 )
 """name of a module -> part; the first that fits"""
 

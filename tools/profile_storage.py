@@ -66,7 +66,7 @@ def _read(files: dict[int, FileIO], rows: NDArray, workers: int, seconds: float)
     total, done, wave = 0, 0, AT_ONCE * workers * 4
     start = time.perf_counter()
     with Pool(workers, "patchmill-profile") as pool:
-        while done < len(rows) and time.perf_counter() - start < seconds:
+        while not done or (done < len(rows) and time.perf_counter() - start < seconds):
             parts = [rows[at : at + AT_ONCE] for at in range(done, min(done + wave, len(rows)), AT_ONCE)]
             total += sum(task.result() for task in [pool.submit(read, part) for part in parts])
             done += sum(map(len, parts))

@@ -70,7 +70,7 @@ class TrainProfile:
     def judge(self, noise: str | None) -> Verdict:
         """What binds the loop: a rank that the others wait for, else the resource that was busiest."""
         verdict = judge(self.model(), noise, self.images_per_s / self.world_size)
-        rank = straggler([each.own_seconds for each in self.ranks])
+        rank = straggler([each.own_seconds for each in self.ranks], noise)
         if rank is None:
             return verdict
         slow = self.ranks[rank]

@@ -4,6 +4,7 @@ The loop's own loader, update and metrics are wrapped; it ends after so many ste
 its progress call. On a GPU the host runs ahead of the device: an update's seconds are those between device events.
 """
 
+import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ LEAST_STEPS = 10
 
 @dataclass(frozen=True)
 class RankTime:
-    """One rank's mean seconds a step before it meets the others."""
+    """One rank's seconds a step before it meets the others (medians)."""
 
     rank: int
     wait: float
@@ -118,7 +119,7 @@ class Watcher:
         self.spent = {name: total.minus(self._before[name]) for name, total in self.spans.snapshot().items()}
         if self.world.device.type == "cuda":
             self.updates = [first.elapsed_time(last) / 1e3 for first, last in self._events]
-        own = torch.tensor([sum(self.waits), sum(self.forwards)]) / len(self.steps)
+        own = torch.tensor([statistics.median(self.waits), statistics.median(self.forwards)])
         own_seconds = [row.tolist() for row in self.world.gather(own)]
         self.ranks = [RankTime(rank, each[0], each[1], sum(each)) for rank, each in enumerate(own_seconds)]
 

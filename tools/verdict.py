@@ -29,8 +29,8 @@ STEP = "step"
 
 CLOSE = 1.15
 """resources nearer than this share the blame: the bound is least exact there"""
-STRAGGLES = 1.25
-"""a rank this many times slower than the median of the others holds all of them up"""
+STRAGGLES, STRAGGLES_IN_NOISE = 1.25, 2.0
+"""a rank this many times slower than the median of the others holds all of them up; on a machine that others use too"""
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ def judge(model: Model, noise: str | None = None, measured: float | None = None)
     return replace(verdict, sentence=_sentence(verdict, model, noise))
 
 
-def straggler(own_seconds_R: Sequence[float]) -> int | None:
+def straggler(own_seconds_R: Sequence[float], noise: str | None = None) -> int | None:
     """The rank that the others wait for, from each rank's own seconds a step before they meet; None when they are even.
 
     Example: [0.10, 0.11, 0.31, 0.10] -> 2
@@ -134,7 +134,7 @@ def straggler(own_seconds_R: Sequence[float]) -> int | None:
     slowest = max(range(len(own_seconds_R)), key=lambda rank: own_seconds_R[rank])
     others = sorted(seconds for rank, seconds in enumerate(own_seconds_R) if rank != slowest)
     middle = others[len(others) // 2]
-    return slowest if own_seconds_R[slowest] > STRAGGLES * middle else None
+    return slowest if own_seconds_R[slowest] > (STRAGGLES_IN_NOISE if noise else STRAGGLES) * middle else None
 
 
 def _sentence(verdict: Verdict, model: Model, noise: str | None) -> str:
