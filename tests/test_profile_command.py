@@ -18,7 +18,7 @@ from patchmill.tools.profile_plan import PlanConfig, predict
 from patchmill.tools.profile_remedies import Trial, measure_trials, remedies, scaled
 from patchmill.tools.profile_step import fitting_batch, synthetic_batch
 from patchmill.tools.timing import Measured
-from patchmill.tools.verdict import CORES, DEVICE, STEP, THREADS, Model, Stage
+from patchmill.tools.verdict import CORES, DEVICE, FRONT, STEP, THREADS, Model, Stage
 from patchmill.trainer.config import ModelConfig, PretrainConfig
 from patchmill.trainer.pretrain import build_trainee
 from patchmill.trainer.recipes import get_recipe, with_options
@@ -245,12 +245,30 @@ def test_medians_and_quartiles():
     assert found.inverse(6).median == 2.0
 
 
-def test_every_decoder_has_its_model(dataset, tmp_path):
-    """Also those whose threads cannot be looked into."""
+def loader_profile(path, out, decoder):
     config = with_options(
-        get_recipe("mae-tiny"), model__image_size=32, data__path=str(dataset), data__decoder="dali", data__workers=2,
-        train__global_batch=4, out=str(tmp_path),
+        get_recipe("mae-tiny"), model__image_size=32, data__path=str(path), data__decoder=decoder, data__workers=2,
+        train__global_batch=4, out=str(out),
     )  # fmt: skip
-    profile = measure_loader(config, CPU, 0.2)
+    return measure_loader(config, CPU, 0.2)
+
+
+def test_dali_is_measured_as_one_graph(dataset, tmp_path):
+    profile = loader_profile(dataset, tmp_path, "dali")
     assert profile.explained is None
     assert loader_model(profile).held(DECODER) > 0
+    assert {"storage", "checks", "decode"} <= {stage.name for stage in profile.stages}
+
+
+def test_a_resident_dataset_is_cut_by_the_loaders_thread(tmp_path):
+    profile = loader_profile(make_dataset(tmp_path, count=12, sides=(48, 48)), tmp_path, "resident")
+    model = loader_model(profile)
+    assert model.held(THREADS) == 0
+    assert next(stage for stage in model.stages if stage.name == "decode").holds[FRONT] > 0
+
+
+def test_plain_tars_have_no_storage_of_their_own_to_measure(tmp_path):
+    (shard,) = make_dataset(tmp_path, count=24, shard_size_mb=10).glob("*.tar")
+    profile = loader_profile(shard, tmp_path, "cpu")
+    assert profile.storage == {}
+    assert {"decode", "resize"} <= {stage.name for stage in profile.stages}

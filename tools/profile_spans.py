@@ -74,7 +74,6 @@ class TimedFeeder:
 
     def __init__(self, feeder: Any, spans: Spans) -> None:
         self._feeder, self._spans = feeder, spans
-        self.plan = spans.timed(PLAN, feeder.plan)
         self.fetch = spans.timed(FETCH, feeder.fetch)
 
     def __getattr__(self, name: str) -> Any:
