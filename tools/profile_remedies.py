@@ -20,6 +20,7 @@ from patchmill.pipeline.images import decode_image
 from patchmill.tools.normalise import Policy, normalise
 from patchmill.tools.profile_spans import open_loader
 from patchmill.tools.strict_decode import Rejected
+from patchmill.tools.timing import torch_threads
 from patchmill.tools.verdict import CORES, THREADS, Model, Stage
 from patchmill.trainer.config import PretrainConfig
 
@@ -99,7 +100,7 @@ def scaled(model: Model, factors: Mapping[str, float], core_factors: Mapping[str
 
 def measure_trials(config: PretrainConfig, device: torch.device, seconds: float) -> list[Trial]:
     """Costs of changed decoding, each against the costs of now, on the same samples in turn; CPU decoder only."""
-    with open_loader(config, device) as loader:
+    with torch_threads(1), open_loader(config, device) as loader:
         feeder, decoder = loader.maker.feeder, loader.maker.decoder
         if not isinstance(decoder, CpuDecoder) or not isinstance(feeder, Feeder):
             return []
@@ -118,7 +119,7 @@ def measure_trials(config: PretrainConfig, device: torch.device, seconds: float)
             how = f"patchmill shard --resize shorter-side --size {side}"
             trials.append(Trial(f"shards with a shorter side of {side}", how, factors))
     if config.data.interpolation == "bicubic":
-        with open_loader(config, device, interpolation="bilinear") as loader:
+        with torch_threads(1), open_loader(config, device, interpolation="bilinear") as loader:
             other = loader.maker.decoder
             assert isinstance(other, CpuDecoder)
             _, resize = _in_turn(before, _pile(feeder, samples, ids[: len(samples)], other), seconds / 2)

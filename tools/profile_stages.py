@@ -21,7 +21,7 @@ from patchmill.pipeline.manifest import ImageFormat
 from patchmill.pipeline.shards import ShardReader, fault
 from patchmill.pipeline.stream_wds import AnyFeeder
 from patchmill.tools.profile_spans import BATCH, COPY, DECODE, FETCH, PLAN, RESIZE, TASK, open_loader, watch
-from patchmill.tools.timing import Measured, wait_for
+from patchmill.tools.timing import Measured, torch_threads, wait_for
 from patchmill.trainer.config import PretrainConfig
 
 STAGES = ("plan", "storage", "checks", "decode", "resize", "bookkeeping", "masks", "host copy")
@@ -60,7 +60,7 @@ def measure_alone(config: PretrainConfig, device: torch.device, seconds: float) 
     sizes: list[float] = []
     pixels: list[float] = []
     walls, inside = 0.0, 0.0
-    with open_loader(config, device) as loader, closing(_batches(loader)) as batches:
+    with torch_threads(1), open_loader(config, device) as loader, closing(_batches(loader)) as batches:
         inline = isinstance(loader.maker.decoder, CpuDecoder)
         end = time.perf_counter() + seconds
         while len(rounds) < 4 or time.perf_counter() < end:

@@ -19,7 +19,7 @@ from patchmill.pipeline.masks import MaskPlan
 from patchmill.tools.profile_counts import count_forward
 from patchmill.tools.profile_parts import Part, Parts, take_apart
 from patchmill.tools.profile_remedies import Trial
-from patchmill.tools.timing import Measured, copy_bytes_per_second, matmul_flops_per_second, wait_for
+from patchmill.tools.timing import Measured, copy_bytes_per_second, matmul_flops_per_second, torch_threads, wait_for
 from patchmill.tools.verdict import STEP
 from patchmill.trainer.config import PretrainConfig
 from patchmill.trainer.loop import Trainee
@@ -230,12 +230,8 @@ def _with_threads(step: Callable[[], object], threads: int) -> Callable[[], obje
     """The step on another number of torch's threads."""
 
     def run() -> None:
-        usual = torch.get_num_threads()
-        torch.set_num_threads(threads)
-        try:
+        with torch_threads(threads):
             step()
-        finally:
-            torch.set_num_threads(usual)
 
     return run
 

@@ -9,7 +9,8 @@ CPU time of this process: with one thread that is what the wall clock would show
 import os
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -81,6 +82,17 @@ def wait_for(device: torch.device) -> None:
     """Lets the host wait until the device has done all that it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+@contextmanager
+def torch_threads(count: int) -> Iterator[None]:
+    """Lets torch's operators use so many threads for a while."""
+    usual = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(usual)
 
 
 def _cpu_timer(candidate: Candidate, clock: Clock) -> Callable[[], float]:
