@@ -8,7 +8,7 @@ from PIL import Image
 
 from patchmill.tools import cli
 from patchmill.tools.results import gather, to_markdown
-from patchmill.trainer.eval_recipes import FINETUNE_RECIPES, PROBE_RECIPES, get_eval_recipe
+from patchmill.trainer.eval_recipes import FINETUNE_RECIPES, PROBE_RECIPES
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +108,7 @@ def test_other_test_data_and_other_options_are_columns_of_their_own(tmp_path):
     [
         ("results", ["."], "no results.json below"),
         ("probe", ["--test.path", "x"], "--data.path DIR"),
-        ("finetune", ["--recipe", "finetune-vit"], "no recipe 'finetune-vit'; there are: finetune-vit-b16"),
+        ("finetune", ["--recipe", "finetune-vit"], "no recipe 'finetune-vit'; did you mean finetune-vit-"),
         ("finetune", ["--partial", "half"], "give numbers of blocks"),
         ("evaluate", ["--classifier", "nowhere", "--tests", "x"], "no classifier nowhere"),
     ],
@@ -128,7 +128,7 @@ def test_published_recipes():
         ("l16", 1e-3, 0.75, 0.2, 50),
         ("h14", 1e-3, 0.75, 0.3, 50),
     ):
-        config = get_eval_recipe(FINETUNE_RECIPES, f"finetune-vit-{name}")
+        config = FINETUNE_RECIPES[f"finetune-vit-{name}"]()
         assert (config.optim.blr, config.layer_decay, config.drop_path, config.fit.epochs) == (
             rate,
             decay,
@@ -140,10 +140,10 @@ def test_published_recipes():
         assert (config.augment.ops, config.augment.magnitude, config.augment.erase) == (2, 9.0, 0.25)
         assert (config.optim.min_lr, config.optim.warmup_epochs, config.pool) == (1e-6, 5, "mean")
     for name, epochs in (("b16", 90), ("l16", 50), ("h14", 50)):
-        probe = get_eval_recipe(PROBE_RECIPES, f"probe-vit-{name}")
+        probe = PROBE_RECIPES[f"probe-vit-{name}"]()
         assert (probe.optim.blr, probe.fit.global_batch, probe.fit.epochs) == (0.1, 16384, epochs)
         assert (probe.optim.weight_decay, probe.optim.warmup_epochs, probe.pool) == (0.0, 10, "cls")
         assert (probe.data.crop_rule, probe.data.scale) == ("tf", (0.08, 1.0))
-    config = get_eval_recipe(FINETUNE_RECIPES, "scratch-vit-b16")
+    config = FINETUNE_RECIPES["scratch-vit-b16"]()
     assert (config.optim.blr, config.optim.weight_decay, config.fit.global_batch) == (1e-4, 0.3, 4096)
     assert (config.fit.epochs, config.average, config.layer_decay) == (300, 0.9999, 1.0)

@@ -12,7 +12,9 @@ from PIL import Image
 
 from patchmill.tools import cli
 from patchmill.trainer import checkpoint, run_folder
+from patchmill.trainer.config_file import from_toml
 from patchmill.trainer.metrics import read_metrics
+from patchmill.trainer.recipes import get_recipe
 from photos import make_dataset
 
 SMALL = """
@@ -174,3 +176,17 @@ def test_help_shows_an_example_and_every_group_of_options(capsys):
         "torchrun",
     ):
         assert word in said
+
+
+def test_recipes_are_listed_and_printed_as_a_config(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    assert cli.run("recipes", []) == 0
+    listed = capsys.readouterr().out
+    for name in ("mae-vit-b16", "table1-f-block-50", "probe-vit-l16", "scratch-vit-b16"):
+        assert name in listed
+    assert "Table 1f of the paper: kind block, ratio 0.5" in listed
+    assert cli.run("recipes", ["mae-vit-h14"]) == 0
+    (tmp_path / "mine.toml").write_text(capsys.readouterr().out)
+    assert from_toml(tmp_path / "mine.toml") == get_recipe("mae-vit-h14")
+    assert cli.run("recipes", ["mae-vit-b15"]) == 2
+    assert "did you mean mae-vit-b16" in capsys.readouterr().err

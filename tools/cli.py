@@ -18,6 +18,7 @@ COMMANDS = {
     "pretrain": "pretrain a masked autoencoder on shards",
     "profile": "measure loader, step and training loop: what binds, by how much, what would help",
     "target": "fit what a model is to predict instead of pixels: a PCA basis, k-means codes",
+    "recipes": "list the named configs that --recipe takes, or print one",
     "launch": "write a torchrun or SLURM script for pretraining on many GPUs",
     "runs": "list runs with their state",
     "reconstruct": "draw masked | reconstruction | original for a checkpoint",

@@ -15,9 +15,9 @@ from rich.progress import Progress as Bar
 from rich.table import Table
 
 from patchmill.trainer.config_file import read_toml
-from patchmill.trainer.eval_recipes import get_eval_recipe
 from patchmill.trainer.eval_report import Report
 from patchmill.trainer.fit import Progress
+from patchmill.trainer.recipes import find_recipe
 
 Config = TypeVar("Config")
 
@@ -33,7 +33,7 @@ def parse(
     if chosen.recipe and chosen.config:
         raise ValueError("--recipe and --config both give defaults; leave one out")
     name = chosen.recipe or next(iter(recipes))
-    default = read_toml(chosen.config, kind) if chosen.config else get_eval_recipe(recipes, name)
+    default = read_toml(chosen.config, kind) if chosen.config else find_recipe(recipes, name)()
     description = text.format(names=", ".join(recipes), default=next(iter(recipes)))
     return tyro.cli(
         tyro.conf.AvoidSubcommands[kind],  # type: ignore[valid-type, misc]

@@ -21,7 +21,7 @@ from patchmill.trainer.eval_pictures import write_spectra
 from patchmill.trainer.loop import Progress
 from patchmill.trainer.metrics import EVALUATIONS, SPECTRA, read_lines, read_metrics
 from patchmill.trainer.pretrain import Summary, pretrain
-from patchmill.trainer.recipes import RECIPES, get_recipe
+from patchmill.trainer.recipes import get_recipe
 from patchmill.trainer.spectrum import Spectrum
 
 STAGES = 6
@@ -36,7 +36,8 @@ Pretrains a masked autoencoder (He et al. 2021) on shards and writes a run folde
   patchmill pretrain --config runs/b16/config.toml --out runs/again --seed 1
   torchrun --nproc-per-node 8 -m patchmill.tools.pretrain --recipe mae-vit-l16 --data.path shards/ --out runs/l16
 
---recipe NAME ({names}) or --config FILE (config.toml of a run) gives the defaults of all options below.
+--recipe NAME (`patchmill recipes` lists them) or --config FILE (config.toml of a run) gives the defaults of all
+options below.
 The same command again continues a run that was stopped (--resume auto).
 """
 
@@ -64,7 +65,7 @@ def split_defaults(argv: list[str], purpose: str) -> tuple[PretrainConfig, list[
     if chosen.recipe and chosen.config:
         raise ValueError("--recipe and --config both give defaults; leave one out")
     if not (chosen.recipe or chosen.config) and not {"-h", "--help"} & set(rest):
-        raise ValueError(f"say what {purpose}: --recipe NAME (one of {', '.join(RECIPES)}) or --config FILE")
+        raise ValueError(f"say what {purpose}: --recipe NAME (`patchmill recipes` lists them) or --config FILE")
     return from_toml(chosen.config) if chosen.config else get_recipe(chosen.recipe or "mae-vit-b16"), rest
 
 
@@ -74,7 +75,7 @@ def parse(argv: list[str]) -> PretrainConfig:
     config = tyro.cli(
         PretrainConfig,
         prog="patchmill pretrain",
-        description=EXAMPLE.format(names=", ".join(RECIPES)),
+        description=EXAMPLE,
         default=default,
         args=rest,
     )

@@ -31,7 +31,7 @@ from patchmill.tools.timing import Neighbours
 from patchmill.tools.verdict import CORES, Model, Verdict, judge
 from patchmill.tools.whole import whole_file
 from patchmill.trainer.config import PretrainConfig
-from patchmill.trainer.recipes import RECIPES, with_options
+from patchmill.trainer.recipes import with_options
 
 FOLDER = "profile"
 NAMED_REMEDIES = 2
@@ -48,7 +48,7 @@ Measures a loader, a step, the training loop or our operators, and says what bin
   patchmill profile diff before after
   torchrun --nproc-per-node 8 -m patchmill.tools.profiling train --recipe mae-vit-l16 --data.path shards/
 
-Modes: loader, step, train, kernels, all. --recipe NAME ({names}) or --config FILE gives the
+Modes: loader, step, train, kernels, all. --recipe NAME (`patchmill recipes` lists them) or --config FILE gives the
 defaults of all options below, which are those of `patchmill pretrain`. Writes report.json, report.html, PNGs and
 trace.json.gz (for ui.perfetto.dev) to --out.
 """
@@ -131,7 +131,7 @@ def parse(argv: list[str]) -> ProfileConfig:
     return tyro.cli(
         ProfileConfig,
         prog="patchmill profile MODE",
-        description=EXAMPLE.format(names=", ".join(RECIPES)),
+        description=EXAMPLE,
         default=ProfileConfig(run=dataclasses.replace(run, out=FOLDER)),  # never a run's own folder
         args=rest,
     )

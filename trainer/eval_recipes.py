@@ -5,15 +5,12 @@ published code (FINETUNE.md there) where it differs: ViT-B layer decay 0.65, dro
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
-from typing import TypeVar
+from collections.abc import Callable
 
 from patchmill.trainer.cifar_recipes import CIFAR_FINETUNE, CIFAR_PROBE
 from patchmill.trainer.config import ModelConfig, OptimConfig
 from patchmill.trainer.eval_config import AugmentConfig, FinetuneConfig, FitConfig, ProbeConfig, SubjectConfig
 from patchmill.trainer.recipes import mae_vit_b16, mae_vit_h14, mae_vit_l16
-
-Config = TypeVar("Config")
 
 
 def probe_vit_b16() -> ProbeConfig:
@@ -85,10 +82,3 @@ FINETUNE_RECIPES: dict[str, Callable[[], FinetuneConfig]] = {
     "scratch-vit-h14": scratch_vit_h14,
     **CIFAR_FINETUNE,
 }
-
-
-def get_eval_recipe(recipes: Mapping[str, Callable[[], Config]], name: str) -> Config:
-    """The recipe of that name. Raises ValueError with the list of names."""
-    if name not in recipes:
-        raise ValueError(f"no recipe {name!r}; there are: {', '.join(recipes)}")
-    return recipes[name]()

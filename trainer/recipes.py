@@ -4,12 +4,15 @@ The published recipes are He et al. 2021, Table 8 (pretraining) with the decoder
 """
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any
+import difflib
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 from patchmill.trainer.cifar_recipes import CIFAR_PRETRAIN
 from patchmill.trainer.config import ModelConfig, OptimConfig, PretrainConfig, TrainConfig
 from patchmill.trainer.table1_recipes import TABLE1
+
+Recipe = TypeVar("Recipe", bound=Callable[[], Any])
 
 
 def mae_vit_b16() -> PretrainConfig:
@@ -134,10 +137,17 @@ RECIPES: dict[str, Callable[[], PretrainConfig]] = {
 
 
 def get_recipe(name: str) -> PretrainConfig:
-    """The recipe of that name. Raises ValueError with the list of names."""
-    if name not in RECIPES:
-        raise ValueError(f"no recipe {name!r}; there are: {', '.join(RECIPES)}")
-    return RECIPES[name]()
+    """The recipe of that name. Raises ValueError with names that are like it."""
+    return find_recipe(RECIPES, name)()
+
+
+def find_recipe(recipes: Mapping[str, Recipe], name: str) -> Recipe:
+    """The recipe of that name. Raises ValueError with names that are like it."""
+    if name not in recipes:
+        like = difflib.get_close_matches(name, recipes, n=3, cutoff=0.5)
+        meant = f"did you mean {' or '.join(like)}? " if like else ""
+        raise ValueError(f"no recipe {name!r}; {meant}`patchmill recipes` lists all")
+    return recipes[name]
 
 
 def with_options(config: PretrainConfig, **changes: Any) -> PretrainConfig:

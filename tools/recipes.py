@@ -1,0 +1,66 @@
+"""patchmill recipes: the named configs that --recipe takes -> a table of what each is, or one of them as TOML."""
+
+import dataclasses
+import inspect
+import sys
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from patchmill.tools import cli
+from patchmill.trainer.config_file import to_toml
+from patchmill.trainer.eval_recipes import FINETUNE_RECIPES, PROBE_RECIPES
+from patchmill.trainer.recipes import RECIPES, find_recipe
+from patchmill.trainer.table1_recipes import ROWS, TABLE1
+
+KINDS: dict[str, Mapping[str, Callable[[], Any]]] = {
+    "pretrain": RECIPES,
+    "probe": PROBE_RECIPES,
+    "finetune": FINETUNE_RECIPES,
+}
+"""command -> its recipes"""
+
+
+@dataclasses.dataclass(frozen=True)
+class RecipesArgs:
+    """Lists the recipes of pretrain, probe and finetune, or prints one of them with all its options.
+
+    Example:
+        patchmill recipes
+        patchmill recipes mae-vit-b16 > mine.toml      # change it, then: patchmill pretrain --config mine.toml ...
+    """
+
+    name: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="[NAME]")] = ""
+    """the recipe to print as TOML; unset: list them all"""
+
+
+def main(argv: list[str]) -> int:
+    """Runs the command."""
+    args = tyro.cli(RecipesArgs, prog="patchmill recipes", args=argv)
+    if args.name:
+        everything = {name: make for recipes in KINDS.values() for name, make in recipes.items()}
+        print(to_toml(find_recipe(everything, args.name)()), end="")
+        return 0
+    for command, recipes in KINDS.items():
+        table = Table("recipe", "what it is", box=None, pad_edge=False, title=command, title_justify="left")
+        for name, make in recipes.items():
+            table.add_row(name, describe(name, make))
+        Console(file=sys.stdout).print(table, "")
+    return 0
+
+
+def describe(name: str, make: Callable[[], Any]) -> str:
+    """What a recipe is, in a line."""
+    if name not in TABLE1:
+        return " ".join((inspect.getdoc(make) or "").split("\n\n")[0].split())
+    row = name.removeprefix("table1-")
+    changes = {option: value for section in ROWS[row].values() for option, value in section.items()}
+    what = ", ".join(f"{option} {value}" for option, value in changes.items()) or "the default setting"
+    return f"ViT-L/16, Table 1{row[0]} of the paper: {what}"
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run("recipes", sys.argv[1:]))
