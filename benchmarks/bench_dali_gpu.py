@@ -315,7 +315,7 @@ def main(argv: list[str]) -> int:
         ):
             try:
                 ask(page, what, options)  # type: ignore[arg-type]
-            except (RuntimeError, OSError, ValueError) as error:
+            except (RuntimeError, OSError, ValueError, ImportError) as error:
                 failed += 1
                 page.add(f"{ask.__name__} failed", str(error), f"**{ask.__name__} failed:** {str(error)[:2000]}")
     return failed

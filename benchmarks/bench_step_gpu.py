@@ -23,10 +23,12 @@ from benchmarks.pages import markdown_table, write_page
 from benchmarks.steps import MASK, RECIPES, Compiled, Step, ours, published, random_images
 from patchmill.tools import machine, timing
 from patchmill.trainer.config import ModelConfig
+from patchmill.trainer.cuda_graph import EAGER_STEPS
 from patchmill.trainer.metrics import device_peak, peak_memory_gb, train_flops_per_image
 from patchmill.trainer.recipes import get_recipe
 
-WARM_STEPS = 3
+WARM_STEPS = EAGER_STEPS + 2
+"""a captured update is captured in the step after its eager ones"""
 RIVALS = ("published explicit", "published sdpa", "published compiled", "published compiled, graph")
 ATTENTION = {
     "flash": SDPBackend.FLASH_ATTENTION,
