@@ -60,7 +60,7 @@ def test_all_modes_leave_a_report(whole):
     assert 0.5 < report["loader"]["explained"] <= 1
     assert set(report["loader"]["storage"]) == {"cold", "warm"}
     assert {setting["name"] for setting in report["loader"]["sweep"]} == {"workers", "batch"}
-    assert len(report["train"]["every_step"]) == report["train"]["steps"] >= 10
+    assert len(report["train"]["every_step"]) == report["train"]["steps"] >= 8
     assert report["step"]["mfu"] > 0
     assert len(report["kernels"]["operators"]) == 6
     assert report["verdict"]["stage"] in {stage["name"] for stage in report["model"]["stages"]}

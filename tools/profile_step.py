@@ -30,6 +30,8 @@ from patchmill.trainer.step import set_learning_rate
 from patchmill.trainer.world import World, autocast_dtype, hold_memory
 
 LEARNING_RATE = 1e-4
+STEPS_OF_A_TRIAL = 6
+"""at least, of each of the two sides: warm-up and three measurements"""
 ROUND_SECONDS = 0.05
 """a measurement lasts as long at least: short steps are timed several at once"""
 
@@ -111,7 +113,7 @@ def measure_step(config: PretrainConfig, device: torch.device, seconds: float, t
         profiled_seconds=parts.wall,
         explained=parts.explained,
         roofline=points,
-        trials=_trials(config, device, step, 0.4 * seconds),
+        trials=_trials(config, device, step, taken.median, seconds),
     )
 
 
@@ -192,8 +194,13 @@ def _parts(
     return parts, points
 
 
-def _trials(config: PretrainConfig, device: torch.device, step: Callable[[], object], seconds: float) -> list[Trial]:
-    """Other settings of the step, each in turn with the step as it is: seconds an image over those of now."""
+def _trials(
+    config: PretrainConfig, device: torch.device, step: Callable[[], object], taken: float, seconds: float
+) -> list[Trial]:
+    """Other settings of the step, each in turn with the step as it is: seconds an image over those of now.
+
+    Settings whose few steps would take longer than `seconds` are left out; a step takes `taken`.
+    """
     batch = config.train.global_batch
     others: list[tuple[str, str, PretrainConfig]] = []
     if autocast_dtype(config.train.precision, device) is None and autocast_dtype("auto", device) is not None:
@@ -205,12 +212,14 @@ def _trials(config: PretrainConfig, device: torch.device, step: Callable[[], obj
     found = []
     threads, cores = torch.get_num_threads(), len(os.sched_getaffinity(0))
     if device.type == "cpu" and threads < cores:
-        factors = _compare(step, _with_threads(step, cores), 1.0, device, seconds / 4)
+        factors = _compare(step, _with_threads(step, cores), 1.0, device, seconds / 10)
         found.append(Trial(f"{cores} threads of torch", f"OMP_NUM_THREADS={cores}", *factors))
     for title, how, changed in others:
+        if taken * (STEPS_OF_A_TRIAL + STEPS_OF_A_TRIAL * changed.train.global_batch / batch) > seconds:
+            continue
         try:
             other = updates(changed, build_trainee(changed, World(0, 1, device)), device)
-            factors = _compare(step, other, batch / changed.train.global_batch, device, seconds / 4)
+            factors = _compare(step, other, batch / changed.train.global_batch, device, seconds / 10)
         except torch.OutOfMemoryError:
             continue
         found.append(Trial(title, how, *factors))

@@ -21,8 +21,8 @@ from patchmill.trainer.metrics import Metrics
 from patchmill.trainer.step import StepValues
 from patchmill.trainer.world import World
 
-WARM_UP_STEPS = 5
-LEAST_STEPS = 10
+WARM_UP_STEPS = 3
+LEAST_STEPS = 8
 
 
 @dataclass(frozen=True)

@@ -157,7 +157,7 @@ def _sentence(verdict: Verdict, model: Model, noise: str | None) -> str:
             facts.append(f"{verdict.next_stage} would bind next, at {verdict.headroom:.1f} times this rate")
     text = "; ".join(facts) + "."
     if verdict.measured is not None and not 1 / CLOSE < verdict.measured / rate < CLOSE:
-        text += f" It ran at {verdict.measured:,.0f} images/s{f' while {noise}' if noise else ''}."
+        text += f" As a whole it ran at {verdict.measured:,.0f} images/s{f' while {noise}' if noise else ''}."
     elif noise:
         text += f" Measured while {noise}."
     if not verdict.certain:
