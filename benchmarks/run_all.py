@@ -27,6 +27,7 @@ def main() -> int:
             ["-m", "benchmarks.bench_step", "--model", "b16", "--batch", "16"],
             ["-m", "benchmarks.bench_loader", images],
             ["-m", "benchmarks.bench_shard", images],
+            ["-m", "benchmarks.bench_profile", images],
         ]
         codes = [subprocess.run([sys.executable, *command], cwd=ROOT).returncode for command in commands]
     return sum(code != 0 for code in codes)

@@ -105,7 +105,8 @@ def measure_train(config: PretrainConfig, device: torch.device, seconds: float) 
     ):
         config = replace(config, out=folder)
         watcher = Watcher(loader, world, seconds)
-        loop = Loop(config, world, watcher.wrap(build_trainee(config, world)), loader, STEPS)
+        eager = not (config.train.compile or config.train.cuda_graph)
+        loop = Loop(config, world, watcher.wrap(build_trainee(config, world), eager=eager), loader, STEPS)
         metrics = TimedMetrics(
             Path(folder), world, global_batch=config.train.global_batch, tensorboard=config.train.tensorboard,
             flops_per_image=train_flops_per_image(config.model, config.mask), wandb=None,

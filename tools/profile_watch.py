@@ -64,8 +64,11 @@ class Watcher:
         self._events: list[tuple[Any, Any]] = []
         self._last, self._waited, self._entered = 0.0, 0.0, 0.0
 
-    def wrap(self, trainee: Trainee) -> Trainee:
-        """The trainee with a timed update; the forward pass is timed apart, since ranks meet only after it."""
+    def wrap(self, trainee: Trainee, *, eager: bool) -> Trainee:
+        """The trainee with a timed update; the forward pass is timed apart, since ranks meet only after it.
+
+        Not that of a compiled or captured model: a clock inside would break its graph.
+        """
 
         def enter(*_: object) -> None:
             self._entered = time.perf_counter()
@@ -73,8 +76,9 @@ class Watcher:
         def leave(*_: object) -> None:
             self.forwards.append(time.perf_counter() - self._entered)
 
-        trainee.model.register_forward_pre_hook(enter)
-        trainee.model.register_forward_hook(leave)
+        if eager:
+            trainee.model.register_forward_pre_hook(enter)
+            trainee.model.register_forward_hook(leave)
         return trainee._replace(update=self._timed(trainee.update))
 
     def progress(self, _: Progress) -> None:
@@ -119,7 +123,7 @@ class Watcher:
         self.spent = {name: total.minus(self._before[name]) for name, total in self.spans.snapshot().items()}
         if self.world.device.type == "cuda":
             self.updates = [first.elapsed_time(last) / 1e3 for first, last in self._events]
-        own = torch.tensor([statistics.median(self.waits), statistics.median(self.forwards)])
+        own = torch.tensor([statistics.median(self.waits), statistics.median(self.forwards or [0.0])])
         own_seconds = [row.tolist() for row in self.world.gather(own)]
         self.ranks = [RankTime(rank, each[0], each[1], sum(each)) for rank, each in enumerate(own_seconds)]
 
