@@ -34,7 +34,7 @@ def test_on_a_cpu_step_and_decoding_share_the_cores():
     verdict = judge(Model([DECODE, step], {THREADS: 2, CORES: 2, DEVICE: 1}))
     assert (verdict.stage, verdict.resource) == (STEP, CORES)
     assert verdict.images_per_s == pytest.approx(2 / 21.5e-3)
-    assert "the step binds: 93 images/s; the loader could give 14.3 times as many" in verdict.sentence
+    assert "the step binds: 93.0 images/s; the loader could give 14.3 times as many" in verdict.sentence
 
 
 def test_two_stages_closer_than_their_spread_are_not_told_apart():

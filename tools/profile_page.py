@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from patchmill.tools.profile_pictures import charts, svg
+from patchmill.tools.verdict import rounded
 
 STYLE = """
 :root { --ink: #1d2733; --soft: #5c6b7a; --line: #dde3ea; --blue: #1f4e8c; --paper: #ffffff; --wash: #f5f7fa; }
@@ -69,7 +70,7 @@ def _tiles(report: dict[str, Any]) -> str:
     found: list[tuple[str, str]] = []
     loader, step, train = report.get("loader"), report.get("step"), report.get("train")
     if train:
-        found.append((f"{train['images_per_s']:,.0f}", "images/s in the training loop"))
+        found.append((rounded(train["images_per_s"]), "images/s in the training loop"))
         found.append((f"{train['data_wait']:.1%}", "of the time waiting for data"))
     if loader:
         found.append((f"{loader['together']['images_per_s']['median']:,.0f}", "images/s, loader alone"))
@@ -77,7 +78,7 @@ def _tiles(report: dict[str, Any]) -> str:
         found.append((f"{loader['together']['interval_p99_ms']:,.0f} ms", "p99 between batches"))
     if step:
         found.append(
-            (f"{step['batch'] / step['seconds']['median']:,.0f}", f"images/s, step alone, batch {step['batch']}")
+            (rounded(step["batch"] / step["seconds"]["median"]), f"images/s, step alone, batch {step['batch']}")
         )
         found.append((f"{step['mfu']:.1%}", f"MFU of {step['ceiling_flops'] / 1e12:,.2f} TFLOP/s"))
         found.append((f"{step['memory_gb']:.1f} GiB", "most memory"))
@@ -87,7 +88,7 @@ def _tiles(report: dict[str, Any]) -> str:
 
 def _remedies(report: dict[str, Any]) -> str:
     rows = [
-        (each["title"], f"x{each['gain']:.2f}", f"{each['images_per_s']:,.0f}", each["how"], each["basis"])
+        (each["title"], f"x{each['gain']:.2f}", rounded(each["images_per_s"]), each["how"], each["basis"])
         for each in report.get("remedies", [])
     ]
     return _table("What would help", ("remedy", "*gain", "*images/s", "how", "its costs are"), rows)

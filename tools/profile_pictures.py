@@ -9,6 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from patchmill.tools.verdict import rounded
+
 BLUE, AMBER, GREY, GREEN, RED = "#1f4e8c", "#c98a2b", "#9aa5b1", "#2f7d4f", "#a33b3b"
 PALE = "#c9d6e6"
 WIDTH = 6.4
@@ -100,7 +102,7 @@ def resources(report: Report, axes: Any) -> None:
                 axes.barh(row, width, left=left, color=colours[name], height=0.62, label=label)
                 drawn.add(name)
             left += width
-        _beside(axes, left, row, f"{rate:,.0f}", bold=row == 0)
+        _beside(axes, left, row, rounded(rate), bold=row == 0)
     axes.axvline(model["supplies"][names[0]], color=RED, linewidth=1, linestyle="--")
     labels = [name if model["servers"][name] == 1 else f"{model['servers'][name]:g} {name}" for name in names]
     axes.set_yticks(range(len(names)), labels)

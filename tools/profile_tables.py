@@ -6,6 +6,8 @@ from rich.console import Console, Group
 from rich.panel import Panel
 from rich.table import Table
 
+from patchmill.tools.verdict import rounded
+
 BAR = 24
 
 
@@ -139,7 +141,7 @@ def _supplies(report: dict[str, Any]) -> Table:
         share = held[name] / sum(held.values())
         servers = model["servers"][resource]
         count = f"{servers:g} {resource}" if servers != 1 else resource
-        table.add_row(count, bar(rate / most), f"{rate:,.0f}", f"{name} ({share:.0%})", style=style)
+        table.add_row(count, bar(rate / most), rounded(rate), f"{name} ({share:.0%})", style=style)
     return table
 
 

@@ -33,7 +33,7 @@ from patchmill.tools.whole import whole_file
 from patchmill.trainer.config import PretrainConfig
 from patchmill.trainer.recipes import with_options
 
-FOLDER = "profile"
+FOLDER = "profile-report"
 NAMED_REMEDIES = 2
 """in the sentence"""
 MODES = ("loader", "step", "train", "kernels", "all")

@@ -137,19 +137,24 @@ def straggler(own_seconds_R: Sequence[float], noise: str | None = None) -> int |
     return slowest if own_seconds_R[slowest] > (STRAGGLES_IN_NOISE if noise else STRAGGLES) * middle else None
 
 
+def rounded(rate: float) -> str:
+    """A rate for people: 2.6, 196 or 12,345."""
+    return f"{rate:,.0f}" if rate >= 100 else f"{rate:.1f}"
+
+
 def _sentence(verdict: Verdict, model: Model, noise: str | None) -> str:
     rate, facts = verdict.images_per_s, []
     if verdict.stage == STEP:
-        facts.append(f"the step binds: {rate:,.0f} images/s")
+        facts.append(f"the step binds: {rounded(rate)} images/s")
         data = model.without(STEP).supplies()
         if data:
             times = next(iter(data.values())) / rate
             facts.append(f"the loader {f'could give {times:.1f} times as many' if times > CLOSE else 'just keeps up'}")
     else:
         if verdict.wanted is None:
-            facts.append(f"{verdict.stage} binds the loader: {rate:,.0f} images/s")
+            facts.append(f"{verdict.stage} binds the loader: {rounded(rate)} images/s")
         else:
-            of_step = f"{rate:,.0f} of the {verdict.wanted:,.0f} images/s that the step could take"
+            of_step = f"{rounded(rate)} of the {rounded(verdict.wanted)} images/s that the step could take"
             facts.append(f"{verdict.stage} binds: {of_step} ({rate / verdict.wanted:.0%})")
         if verdict.share < 1:
             facts.append(f"it takes {verdict.share:.0%} of the time of the {_count(model, verdict.resource)}")
@@ -157,7 +162,7 @@ def _sentence(verdict: Verdict, model: Model, noise: str | None) -> str:
             facts.append(f"{verdict.next_stage} would bind next, at {verdict.headroom:.1f} times this rate")
     text = "; ".join(facts) + "."
     if verdict.measured is not None and not 1 / CLOSE < verdict.measured / rate < CLOSE:
-        text += f" As a whole it ran at {verdict.measured:,.0f} images/s{f' while {noise}' if noise else ''}."
+        text += f" As a whole it ran at {rounded(verdict.measured)} images/s{f' while {noise}' if noise else ''}."
     elif noise:
         text += f" Measured while {noise}."
     if not verdict.certain:
