@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from patchmill.trainer.charts import AMBER, BLUE, PALETTE, line_style, new_figure, save_figure
+from patchmill.trainer.charts import AMBER, BLUE, line_style, new_figure, save_figure
 from patchmill.trainer.spectrum import Spectrum
 
 NAMED_CLASSES = 30
@@ -59,11 +59,15 @@ def write_sweep(lines: dict[str, list[tuple[float, float]]], path: Path) -> None
     """
     figure, axes = new_figure()
     ticks = sorted({blocks for points in lines.values() for blocks, _ in points})
-    for color, (name, points) in zip(PALETTE * 4, lines.items(), strict=False):
+    heights: dict[int, list[float]] = {}
+    for number, (name, points) in enumerate(lines.items()):
         placed = sorted((ticks.index(blocks), 100 * top1) for blocks, top1 in points)
-        axes.plot(*zip(*placed, strict=True), color=color, marker="o", label=name)
+        axes.plot(*zip(*placed, strict=True), **line_style(number), marker="o", label=name)
         for x, y in placed:
-            axes.annotate(f"{y:.1f}", (x, y), textcoords="offset points", xytext=(0, 7), ha="center", fontsize=8)
+            heights.setdefault(x, []).append(y)
+    for x, found in heights.items():  # the best above its point, the worst below: numbers between would overlap
+        for y, away in {max(found): 7, min(found): 7 if len(found) == 1 else -14}.items():
+            axes.annotate(f"{y:.1f}", (x, y), textcoords="offset points", xytext=(0, away), ha="center", fontsize=8)
     axes.set_xticks(range(len(ticks)), [f"{blocks:g}" for blocks in ticks])
     axes.set(xlabel="blocks fine-tuned", ylabel="top-1 accuracy (%)", title="Partial fine-tuning")
     axes.margins(y=0.12)
