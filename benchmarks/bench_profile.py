@@ -214,7 +214,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder, Neighbours() as around:
         data = Path(folder)
         prepare(Path(arguments.source), data)
-        outcomes = [*try_remedies(data, arguments.seconds, arguments.rounds), try_precision(4 * arguments.seconds)]
+        outcomes = [*try_remedies(data, arguments.seconds, arguments.rounds), try_precision(12 * arguments.seconds)]
         config = with_options(get_recipe("mae-tiny"), data__path=str(data / "shards"), out=folder, device="cpu")
         step = measure_step(config, CPU, 4 * arguments.seconds, None)
         train = measure_train(config, CPU, 4 * arguments.seconds)

@@ -4,7 +4,8 @@ Reader threads read, check, decode and resize. One more thread plans batches, mo
 masks. Planning and bookkeeping hold Python's lock. Everything on the host holds a core for its CPU time; a step on a
 CPU does too. A stage holds its thread for its wall time; but a reading thread's stage that only computes, and took less
 than twice its CPU time, was kept waiting by other programs: it is counted with its CPU time. Storage counts as a
-resource where the shards do not fit the memory, so that every epoch reads it again.
+resource where the shards do not fit the memory, so that every epoch reads it again. Of the cores those count that other
+programs left to the running loader.
 """
 
 from collections.abc import Mapping
@@ -36,7 +37,8 @@ def loader_model(profile: LoaderProfile) -> Model:
     """The loader by itself."""
     stages = [_stage(cost, profile) for cost in profile.stages]
     one = dict.fromkeys((FRONT, GIL, LINK, STORAGE, DECODER), 1.0)
-    return Model(stages, {THREADS: float(profile.workers), CORES: float(profile.cores), **one})
+    left = max(profile.together.cores_used, profile.cores - profile.together.others, 1.0)  # one can always be had
+    return Model(stages, {THREADS: float(profile.workers), CORES: left, **one})
 
 
 def with_step(model: Model, seconds: float, cpu_seconds: float, spread: float) -> Model:

@@ -104,7 +104,8 @@ def resources(report: Report, axes: Any) -> None:
             left += width
         _beside(axes, left, row, rounded(rate), bold=row == 0)
     axes.axvline(model["supplies"][names[0]], color=RED, linewidth=1, linestyle="--")
-    labels = [name if model["servers"][name] == 1 else f"{model['servers'][name]:g} {name}" for name in names]
+    counts = {name: round(count, 1) for name, count in model["servers"].items()}
+    labels = [name if counts[name] == 1 else f"{counts[name]:g} {name}" for name in names]
     axes.set_yticks(range(len(names)), labels)
     axes.set_xlim(0, 1.14 * end)
     axes.invert_yaxis()

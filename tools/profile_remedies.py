@@ -59,14 +59,15 @@ class Trial:
 def remedies(model: Model, trials: Sequence[Trial], repeats: int) -> list[Remedy]:
     """All that gains more than 3 %, best first."""
     now = model.images_per_s()
-    cores, workers = int(model.servers[CORES]), int(model.servers.get(THREADS, 0))
+    cores, workers = max(1, round(model.servers[CORES])), int(model.servers.get(THREADS, 0))
     changed: list[tuple[str, str, str, Model]] = []
     for count in sorted({cores, 2 * workers, 4 * workers}):
         if count > workers > 0:
             how = f"--data.workers {count}"
             changed.append((f"{count} reader threads", how, "arithmetic", _servers(model, {THREADS: count})))
-    more = {CORES: 2.0 * cores, THREADS: 2.0 * max(cores, workers)}
-    changed.append((f"{cores} more cores", "another machine", "arithmetic", _servers(model, more)))
+    more = {CORES: model.servers[CORES] + cores, THREADS: float(max(2 * cores, workers + cores))}
+    title = f"{cores} more core{'s' if cores > 1 else ''}"
+    changed.append((title, "another machine", "arithmetic", _servers(model, more)))
     halved = dict.fromkeys(("storage", "checks", "decode"), 0.5)
     title = f"{2 * repeats} crops of each decoded image"
     changed.append((title, f"--data.repeats {2 * repeats}", "arithmetic", scaled(model, halved)))

@@ -140,7 +140,7 @@ def _supplies(report: dict[str, Any]) -> Table:
         style = "bold" if resource == report["verdict"]["resource"] else ""
         share = held[name] / sum(held.values())
         servers = model["servers"][resource]
-        count = f"{servers:g} {resource}" if servers != 1 else resource
+        count = f"{round(servers, 1):g} {resource}" if servers != 1 else resource
         table.add_row(count, bar(rate / most), rounded(rate), f"{name} ({share:.0%})", style=style)
     return table
 

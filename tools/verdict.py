@@ -175,4 +175,4 @@ def _sentence(verdict: Verdict, model: Model, noise: str | None) -> str:
 
 def _count(model: Model, resource: str) -> str:
     servers = model.servers[resource]
-    return resource if servers == 1 else f"{servers:g} {resource}"
+    return resource if servers == 1 else f"{round(servers, 1):g} {resource}"
