@@ -78,7 +78,7 @@ class ShardReader:
         """Names a sample for people: shard, offset, and the member's name from the tar header in front of its bytes."""
         shard, offset = int(self.samples["shard"][index]), int(self.samples["offset"][index])
         try:
-            header = os.pread(self._file(shard).fileno(), 100, max(offset - 512, 0))
+            header = self._pread(shard, 100, max(offset - 512, 0))
         except OSError:
             header = b""
         return f"{self.shard_names[shard]}:{offset}:{header.split(bytes(1), 1)[0].decode('utf-8', 'replace')}"
@@ -86,15 +86,20 @@ class ShardReader:
     def _read_one(self, index: int, row: tuple) -> bytes | BadSample:
         shard, offset, size, crc32, image_format, *_ = row
         try:
-            data = os.pread(self._file(shard).fileno(), size, offset)
+            data = self._pread(shard, size, offset)
         except OSError as error:
             return BadSample(index, self.where(index), f"cannot be read: {error.strerror or error}")
         reason = fault(data, size, crc32, image_format)
         return BadSample(index, self.where(index), reason) if reason else data
 
+    def _pread(self, shard: int, size: int, offset: int) -> bytes:
+        file = self._file(shard)  # held until it is read: another thread may drop it from the table meanwhile
+        return os.pread(file.fileno(), size, offset)
+
     def _announce(self, shard: int, offset: int, size: int) -> None:
         try:
-            os.posix_fadvise(self._file(shard).fileno(), offset, size, os.POSIX_FADV_WILLNEED)
+            file = self._file(shard)
+            os.posix_fadvise(file.fileno(), offset, size, os.POSIX_FADV_WILLNEED)
         except OSError:
             return  # only advice; the read itself reports what is wrong
 
@@ -107,7 +112,7 @@ class ShardReader:
                 return file
         file = self._open_shard(shard)
         with self._lock:
-            self._open[shard] = file
+            file = self._open.setdefault(shard, file)  # another thread may have been faster
             while len(self._open) > OPEN_SHARDS:
                 self._open.popitem(last=False)
         return file

@@ -16,7 +16,9 @@ from PIL import Image
 from raw_dataset import make_raw_dataset
 
 from patchmill.pipeline.loader import DataConfig, build_loader
+from patchmill.pipeline.manifest import open_dataset
 from patchmill.pipeline.masks import MaskConfig
+from patchmill.pipeline.shards import ShardReader
 from photos import jpeg, make_dataset, photo_crop
 
 DECODERS = ("cpu", "dali")
@@ -312,3 +314,30 @@ def test_a_copied_dataset_is_the_same_dataset(dataset, tmp_path):
     with open_loader(tmp_path / "copy") as loader:
         loader.load_state_dict(state)
         assert next(loader).sample_ids.tolist() == expected
+
+
+def test_a_read_keeps_its_file_open(dataset, monkeypatch):
+    """Whatever happens to the table of open files between looking one up and reading it."""
+    reader, pread = ShardReader(open_dataset(dataset)), os.pread
+
+    def meddling(descriptor, size, offset):
+        reader.close()
+        return pread(descriptor, size, offset)
+
+    monkeypatch.setattr(os, "pread", meddling)
+    assert all(isinstance(data, bytes) for data in reader.read(np.arange(reader.num_samples)))
+    monkeypatch.undo()
+    both, opened = threading.Barrier(2), reader._open_shard
+
+    def at_once(shard):
+        both.wait(timeout=30)
+        return opened(shard)
+
+    reader._open_shard = at_once
+    files = []
+    threads = [threading.Thread(target=lambda: files.append(reader._file(0))) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert files[0] is files[1] is reader._open[0]
