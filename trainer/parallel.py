@@ -3,7 +3,8 @@
 The model knows nothing of it: its parameters keep their names, and checkpoints hold whole tensors whatever the layout.
 """
 
-from typing import cast
+import inspect
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -14,6 +15,10 @@ from patchmill.trainer.config import TrainConfig
 from patchmill.trainer.crossmae import CrossBlock
 from patchmill.trainer.vit import Block
 from patchmill.trainer.world import World
+
+_RENAMED = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters  # in torch 2.13
+KEEP_BUFFERS: dict[str, Any] = {"forward_sync_buffers" if _RENAMED else "broadcast_buffers": False}
+"""a fitted target is the same on all ranks and never changes"""
 
 
 def distribute(model: nn.Module, config: TrainConfig, world: World) -> nn.Module:
@@ -36,7 +41,7 @@ def distribute(model: nn.Module, config: TrainConfig, world: World) -> nn.Module
             model,
             device_ids=[world.device.index] if world.device.type == "cuda" else None,
             gradient_as_bucket_view=True,
-            broadcast_buffers=False,  # a fitted target is the same on all ranks and never changes
+            **KEEP_BUFFERS,
             static_graph=config.accum_steps == 1,  # a backward pass without reduction is another graph
         )
     return model
