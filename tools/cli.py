@@ -70,7 +70,7 @@ def run(command: str, argv: list[str]) -> int:
 def main() -> int:
     """Entry point of the `patchmill` script."""
     argv = sys.argv[1:]
-    if not argv or argv[0] in ("-h", "--help"):
+    if not argv or argv[0] in ("-h", "--help", "help"):
         print(usage(), end="")
         return 0 if argv else 2
     if argv[0] == "--version":

@@ -1,5 +1,6 @@
 """patchmill evaluate: a finished classifier + any labelled shards -> its accuracy there."""
 
+import inspect
 import json
 import sys
 from dataclasses import dataclass, field
@@ -53,7 +54,8 @@ class EvaluateConfig:
 
 def main(argv: list[str]) -> int:
     """Runs the command."""
-    config = tyro.cli(EvaluateConfig, prog="patchmill evaluate", args=argv)
+    about = inspect.getdoc(EvaluateConfig)  # given apart, since tyro leaves out the example
+    config = tyro.cli(EvaluateConfig, prog="patchmill evaluate", description=about, args=argv)
     tests = [TestConfig(path, config.class_map, config.crop_fraction, config.batch) for path in config.tests]
     with joined_world(config.device) as world:
         found = evaluate_classifier(Path(config.classifier), config.data, tests, config.precision, world)

@@ -1,5 +1,6 @@
 """patchmill knn: checkpoint + labelled shards -> accuracy of the nearest neighbours in feature space."""
 
+import inspect
 import sys
 from pathlib import Path
 
@@ -17,7 +18,8 @@ from patchmill.trainer.world import joined_world
 
 def main(argv: list[str]) -> int:
     """Runs the command."""
-    config = tyro.cli(tyro.conf.AvoidSubcommands[KnnConfig], prog="patchmill knn", args=argv)
+    about = inspect.getdoc(KnnConfig)  # given apart, since tyro leaves out the example
+    config = tyro.cli(tyro.conf.AvoidSubcommands[KnnConfig], prog="patchmill knn", description=about, args=argv)
     test = open_labelled(config.test.path, "test.path")
     subject = open_subject(config.subject, config.seed)
     run = Path(config.out) if config.out else default_out(subject.file, "knn", subject.start)

@@ -39,7 +39,8 @@ class RecipesArgs:
 
 def main(argv: list[str]) -> int:
     """Runs the command."""
-    args = tyro.cli(RecipesArgs, prog="patchmill recipes", args=argv)
+    about = inspect.getdoc(RecipesArgs)  # given apart, since tyro leaves out the example
+    args = tyro.cli(RecipesArgs, prog="patchmill recipes", description=about, args=argv)
     if args.name:
         everything = {name: make for recipes in KINDS.values() for name, make in recipes.items()}
         print(to_toml(find_recipe(everything, args.name)()), end="")
