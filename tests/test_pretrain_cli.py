@@ -167,6 +167,19 @@ def test_a_disk_that_fills_while_metrics_are_written_is_one_message_too(dataset,
     assert "No space left on device" in said
 
 
+def test_a_dataset_is_not_taken_for_a_run_folder(dataset, capsys):
+    before = sorted(dataset.iterdir())
+    assert f"{dataset} is a dataset, not a run folder" in refused(
+        capsys, *SMALL, "--data.path", dataset, "--out", dataset
+    )
+    assert sorted(dataset.iterdir()) == before
+
+
+def test_a_config_file_that_is_not_there_is_named(tmp_path, capsys):
+    said = refused(capsys, "--config", tmp_path / "none.toml", "--out", tmp_path / "run")
+    assert f"cannot read {tmp_path / 'none.toml'}: No such file" in said
+
+
 def test_help_shows_an_example_and_every_group_of_options(capsys):
     assert run_cli("--help") == 0
     said = capsys.readouterr().out

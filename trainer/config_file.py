@@ -33,6 +33,8 @@ def read_toml(path: str | Path, kind: type[Config]) -> Config:
         table = tomllib.loads(Path(path).read_text(encoding="utf-8"))
         # tuples are arrays in TOML; an array stays a list only where the field wants a list
         return dacite.from_dict(kind, _unset(kind, _tuples(table)), dacite.Config(strict=True))
+    except OSError as error:
+        raise OSError(f"cannot read {path}: {error.strerror or error}; give the config.toml of a run") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is no TOML: {error}; give the config.toml of a run") from error
     except dacite.DaciteError as error:

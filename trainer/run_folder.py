@@ -58,7 +58,10 @@ def open_run(run: Path, config: PretrainConfig, start: int) -> None:
 
     Raises:
         OSError: it cannot be written; the message says how to go on.
+        ValueError: it is a packed dataset.
     """
+    if (run / "manifest.json").exists():
+        raise ValueError(f"{run} is a dataset, not a run folder: choose another --out")
     try:
         run.mkdir(parents=True, exist_ok=True)
         _replace(run / "config.toml", to_toml(config))
