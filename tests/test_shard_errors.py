@@ -37,6 +37,15 @@ def test_missing_source(tmp_path, capsys):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_size_without_resize(images, tmp_path, capsys):
+    assert "--size 64 needs --resize" in fails(capsys, images, tmp_path / "out", "--size", "64")
+
+
+def test_beton_over_a_folder(images, tmp_path, capsys):
+    assert "is a folder and --format beton writes a file" in fails(capsys, images, images, "--format", "beton")
+    assert list(tmp_path.iterdir()) == [images]
+
+
 def test_empty_folder(tmp_path, capsys):
     (tmp_path / "in").mkdir()
     assert "no image in" in fails(capsys, tmp_path / "in", tmp_path / "out")

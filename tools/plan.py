@@ -40,6 +40,8 @@ class PackOptions:
             raise ValueError(f"--max-samples {self.max_samples} must not be negative (0 packs all)")
         if self.policy.resize != "none" and self.policy.size < 1:
             raise ValueError(f"--resize {self.policy.resize} needs --size N, in pixels")
+        if self.policy.resize == "none" and self.policy.size:
+            raise ValueError(f"--size {self.policy.size} needs --resize: shorter-side, longest-side or border")
         if not 1 <= self.policy.quality <= 100:
             raise ValueError(f"--quality {self.policy.quality} is not between 1 and 100")
 

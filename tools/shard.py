@@ -96,6 +96,10 @@ def main(argv: list[str]) -> int:
     options, part = pack_options(args), parse_part(args.part)
     if args.format == "beton" and (args.splits or args.part or is_url(args.out)):
         raise ValueError("--format beton writes one local file: leave out --splits and --part")
+    if args.format == "beton" and Path(args.out).is_dir():
+        raise ValueError(
+            f"{args.out} is a folder and --format beton writes a file: give a name such as {args.out.rstrip('/')}.beton"
+        )
     screen = Console(stderr=True)
     staging = staging_folder(args.out)
     columns = Columns(args.path_column, args.label_column, args.caption_column)
