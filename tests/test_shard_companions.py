@@ -160,6 +160,13 @@ def test_beton_is_read_by_ffcv(ffcv, tmp_path):
     assert found == {path.read_bytes() for path in folder.rglob("*.jpg")}
 
 
+@pytest.mark.parametrize("option", [("--sheet", "sheet.txt"), ("--classes", "-1"), ("--images", "0")])
+def test_info_refuses_before_it_says_anything(option, tmp_path, capsys):
+    with pytest.raises(ValueError, match=option[0]):
+        info.main([str(tmp_path), *option])
+    assert capsys.readouterr().out == ""
+
+
 def test_contact_sheet(tmp_path, capsys):
     dataset = make_dataset(tmp_path, count=10, sides=(40, 300))
     assert info.main([str(dataset), "--sheet", str(tmp_path / "sheet.png"), "--images", "6"]) == 0

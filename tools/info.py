@@ -47,10 +47,15 @@ def main(argv: list[str]) -> int:
     args = tyro.cli(InfoArgs, args=argv, prog="patchmill info", description=DESCRIPTION)
     if args.images < 1:
         raise ValueError(f"--images {args.images} must be at least 1")
+    if args.classes < 0:
+        raise ValueError(f"--classes {args.classes} must not be negative")
+    if args.sheet and (args.sheet.suffix.lower() != ".png" or args.sheet.is_dir()):
+        raise ValueError(f"--sheet {args.sheet} must be a file that ends in .png")
     dataset = open_dataset(args.dataset)
     screen = Console()
     screen.print(overview(args.dataset, dataset), class_table(dataset, args.classes), size_table(dataset))
     if args.sheet:
+        args.sheet.parent.mkdir(parents=True, exist_ok=True)
         contact_sheet(dataset, args.images, args.seed).save(args.sheet, "PNG")
         print(f"contact sheet: {args.sheet}")
     return 0
