@@ -12,7 +12,7 @@ import tyro
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
-from rich.table import Table
+from rich.table import Column, Table
 
 from patchmill.trainer.config_file import read_toml
 from patchmill.trainer.eval_report import Report
@@ -26,7 +26,7 @@ def parse(
     argv: list[str], kind: type[Config], recipes: Mapping[str, Callable[[], Config]], *, prog: str, text: str
 ) -> Config:
     """The config of a command line. Raises ValueError for what cannot be right."""
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first = argparse.ArgumentParser("patchmill", add_help=False, allow_abbrev=False)
     first.add_argument("--recipe")
     first.add_argument("--config")
     chosen, rest = first.parse_known_args(argv)
@@ -51,7 +51,7 @@ def fit_bar(title: str) -> Iterator[Callable[[Progress], None]]:
         TextColumn("[bold]{task.description}"),
         MofNCompleteColumn(),
         BarColumn(bar_width=None),
-        TextColumn("{task.fields[line]}"),
+        TextColumn("{task.fields[line]}", table_column=Column(no_wrap=False)),  # this one gives way when narrow
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(elapsed_when_finished=False),

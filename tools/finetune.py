@@ -29,7 +29,7 @@ The same command again continues a run that was stopped. Results go to RUN/finet
 
 def main(argv: list[str]) -> int:
     """Runs the command; 0 when it ended in order, a stop by a signal included."""
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first = argparse.ArgumentParser("patchmill", add_help=False, allow_abbrev=False)
     first.add_argument("--partial", nargs="+")
     chosen, rest = first.parse_known_args(argv)
     config = parse(rest, FinetuneConfig, FINETUNE_RECIPES, prog="patchmill finetune", text=TEXT)

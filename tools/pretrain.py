@@ -11,7 +11,7 @@ import tyro
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
-from rich.table import Table
+from rich.table import Column, Table
 
 from patchmill.tools import cli
 from patchmill.trainer.config import PretrainConfig
@@ -58,7 +58,7 @@ def split_defaults(argv: list[str], purpose: str) -> tuple[PretrainConfig, list[
     Raises:
         ValueError: both, or neither (and no --help); `purpose` says what for, as in "to train".
     """
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first = argparse.ArgumentParser("patchmill", add_help=False, allow_abbrev=False)
     first.add_argument("--recipe")
     first.add_argument("--config")
     chosen, rest = first.parse_known_args(argv)
@@ -93,7 +93,7 @@ def run(config: PretrainConfig) -> Summary | None:
         TextColumn("[bold]step"),
         MofNCompleteColumn(),
         BarColumn(bar_width=None),
-        TextColumn("{task.fields[line]}"),
+        TextColumn("{task.fields[line]}", table_column=Column(no_wrap=False)),  # this one gives way when narrow
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(elapsed_when_finished=False),

@@ -79,7 +79,7 @@ class TargetConfig:
 
 def main(argv: list[str]) -> int:
     """Runs the command."""
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first = argparse.ArgumentParser("patchmill", add_help=False, allow_abbrev=False)
     first.add_argument("--recipe", default="mae-vit-b16")
     chosen, rest = first.parse_known_args(argv)
     recipe = get_recipe(chosen.recipe)
