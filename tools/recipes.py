@@ -26,7 +26,7 @@ KINDS: dict[str, Mapping[str, Callable[[], Any]]] = {
 
 @dataclasses.dataclass(frozen=True)
 class RecipesArgs:
-    """Lists the recipes of pretrain, probe and finetune, or prints one of them with all its options.
+    """Lists the recipes of pretrain, probe and finetune, or prints one of them as TOML (unset options are left out).
 
     Example:
         patchmill recipes

@@ -67,7 +67,7 @@ def umae_vit_b16() -> PretrainConfig:
 
 
 def umae_vit_l16() -> PretrainConfig:
-    """U-MAE with ViT-L/16, the setting of `umae_vit_b16`."""
+    """U-MAE with ViT-L/16, the setting of `umae-vit-b16`."""
     return _umae(mae_vit_l16())
 
 
