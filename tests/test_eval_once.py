@@ -10,6 +10,7 @@ from small_models import TINY
 
 from patchmill.pipeline.data_config import DataConfig
 from patchmill.pipeline.manifest import open_dataset
+from patchmill.tools import evaluate
 from patchmill.trainer.classifier import Classifier
 from patchmill.trainer.encoder import Encoder
 from patchmill.trainer.eval_config import TestConfig
@@ -108,6 +109,8 @@ def test_classes_are_matched_by_name_or_map(tmp_path):
     # the best of the classes that are meant; cat does not compete
     logits = torch.tensor([[9.0, 1.0, 3.0, 2.0]])
     assert to_test_classes(logits, columns).tolist() == [[3.0, 2.0]]
+    with pytest.raises(OSError, match=r"cannot read class map .*none.json: No such file"):
+        class_columns(TestConfig("x", str(tmp_path / "none.json")), ["canine"], learnt)
     for text, message in (
         ('{"bird": "eagle", "canine": "dog"}', "'eagle'"),
         ('{"bird": "owl"}', "has nothing for class 'canine'"),
@@ -125,3 +128,8 @@ def test_data_without_classes_are_refused(setup, tmp_path):
     flat = make_dataset(tmp_path, count=6, names=("coffee.png",), sides=(40, 64))
     with pytest.raises(ValueError, match="1 classes"):
         open_labelled(str(flat), "data.path")
+
+
+def test_evaluate_without_test_data_is_refused():
+    with pytest.raises(ValueError, match="--tests names no dataset"):
+        evaluate.main(["--classifier", "x", "--tests"])

@@ -56,6 +56,8 @@ def main(argv: list[str]) -> int:
     """Runs the command."""
     about = inspect.getdoc(EvaluateConfig)  # given apart, since tyro leaves out the example
     config = tyro.cli(EvaluateConfig, prog="patchmill evaluate", description=about, args=argv)
+    if not config.tests:
+        raise ValueError("--tests names no dataset: give one or more folders that `patchmill shard` wrote")
     tests = [TestConfig(path, config.class_map, config.crop_fraction, config.batch) for path in config.tests]
     with joined_world(config.device) as world:
         found = evaluate_classifier(Path(config.classifier), config.data, tests, config.precision, world)

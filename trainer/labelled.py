@@ -130,7 +130,8 @@ def class_columns(test: TestConfig, here: list[str], learnt: list[str]) -> list[
         if missing:
             raise ValueError(
                 f"class {missing[0]!r} of {test.path} is none of the {len(learnt)} learnt ones ({len(missing)} such): "
-                "give --test.class-map FILE, a JSON object from class names here to learnt ones"
+                "give --test.class-map FILE (of `patchmill evaluate`: --class-map), a JSON object from class names here to "
+                "learnt ones"
             )
         table: dict[str, str | list[str]] = {name: name for name in here}
     else:
@@ -158,6 +159,8 @@ def to_test_classes(logits_BA: Tensor, columns: list[list[int]] | None) -> Tenso
 def _read_class_map(path: str) -> dict[str, str | list[str]]:
     try:
         table = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise OSError(f"cannot read class map {path}: {error.strerror or error}") from error
     except ValueError as error:
         raise ValueError(f"class map {path} is no JSON ({error})") from error
     values = table.values() if isinstance(table, dict) else [None]
