@@ -130,8 +130,8 @@ def class_columns(test: TestConfig, here: list[str], learnt: list[str]) -> list[
         if missing:
             raise ValueError(
                 f"class {missing[0]!r} of {test.path} is none of the {len(learnt)} learnt ones ({len(missing)} such): "
-                "give --test.class-map FILE (of `patchmill evaluate`: --class-map), a JSON object from class names here to "
-                "learnt ones"
+                "give --test.class-map FILE (of `patchmill evaluate`: --class-map), a JSON object from class names "
+                "here to learnt ones"
             )
         table: dict[str, str | list[str]] = {name: name for name in here}
     else:
