@@ -118,6 +118,9 @@ CONTENDERS: dict[str, tuple[str, Callable[[Path, Path], None]]] = {
     ),
 }
 
+PAIRS = [("two", "plain"), ("one", "plain"), ("two", "ceiling"), ("resize", "pillow")]
+"""which are compared"""
+
 
 def prepare(source: Path, folder: Path, copies: int) -> int:
     """Class folders of links to the images, each `copies` times; returns their number."""
@@ -195,12 +198,14 @@ def report(command: str, images: int, megabytes: float, runs: dict[str, list[dic
     for name, rounds in runs.items():
         wall, cpu, peak = (statistics.median(run[key] for run in rounds) for key in ("wall", "cpu", "peak"))
         lines.append(f"| {CONTENDERS[name][0]} | {images / wall:,.0f} | {images / cpu:,.0f} | {peak:,.0f} |")
-    pairs = [("two", "plain"), ("one", "plain"), ("two", "ceiling"), ("resize", "pillow")]
+    pairs = [pair for pair in PAIRS if runs.keys() >= set(pair)]
     lines += ["", "| ratio, within a round | images/s | images/CPU-s |", "|---|---|---|"]
     for ours, theirs in pairs:
         both = [ratios(runs[theirs], runs[ours], key) for key in ("wall", "cpu")]
         lines.append(f"| {CONTENDERS[ours][0]} / {CONTENDERS[theirs][0]} | {both[0]} | {both[1]} |")
-    return "\n".join([*lines, "", f"Planning, nothing decoded: {plan.strip()}.", ""])
+    if plan:
+        lines += ["", f"Planning, nothing decoded: {plan.strip()}."]
+    return "\n".join([*lines, ""])
 
 
 def ratios(theirs: list[dict[str, float]], ours: list[dict[str, float]], key: str) -> str:
@@ -217,22 +222,26 @@ def main() -> None:
     parser.add_argument("--run", help=argparse.SUPPRESS)
     parser.add_argument("--copies", type=int, default=100)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--only", nargs="+", choices=CONTENDERS, help="these contenders, and no planning")
     args = parser.parse_args()
     if args.run:
         CONTENDERS[args.run][1](args.images, args.out)
         return
     command = f"python -m benchmarks.bench_shard {args.images.name} --copies {args.copies} --rounds {args.rounds}"
+    chosen: list[str] = args.only or [*CONTENDERS]
+    if args.only:
+        command += f" --only {' '.join(chosen)}"
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         images = prepare(args.images, folder, args.copies)
         megabytes = sum(file.stat().st_size for file, _ in labelled_files(folder / "images")) / 1e6
-        runs: dict[str, list[dict[str, float]]] = {name: [] for name in CONTENDERS}
-        for name in [*CONTENDERS] * args.rounds:
+        runs: dict[str, list[dict[str, float]]] = {name: [] for name in chosen}
+        for name in chosen * args.rounds:
             runs[name].append(measure(name, folder, folder / "out"))
             print(name, runs[name][-1], file=sys.stderr)
-        page = report(command, images, megabytes, runs, plan_a_million(folder / "million"))
+        page = report(command, images, megabytes, runs, "" if args.only else plan_a_million(folder / "million"))
     print(page)
-    (results_folder() / f"shard_cpu_{today()}.md").write_text(page)
+    (results_folder() / f"{'_'.join(['shard', *(args.only or [])])}_cpu_{today()}.md").write_text(page)
 
 
 if __name__ == "__main__":
