@@ -144,6 +144,8 @@ def test_a_difference_beyond_the_spread_is_told(whole):
         (["nothing"], "profile what?"),
         (["step"], "say what to profile"),
         (["step", "--recipe", "mae-tiny", "--seconds", "0"], "--seconds"),
+        (["step", "--recipe", "mae-tiny", "--out", "run"], "--out run holds a run"),
+        (["step", "--recipe", "mae-tiny", "--out", "run/status.json"], "--out run/status.json is a file"),
         (["diff", "nowhere", "nowhere"], "no report at nowhere"),
         (["plan", "nowhere", "--gpus", "1"], "no report at nowhere"),
         (["plan", "nowhere", "--gpu", "H999"], "H999"),
@@ -151,6 +153,8 @@ def test_a_difference_beyond_the_spread_is_told(whole):
 )
 def test_what_cannot_be_is_refused_with_a_remedy(argv, said, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "status.json").write_text("{}")
     assert run(*argv) == 2
     heard = capsys.readouterr()
     assert said in " ".join(heard.err.replace("│", " ").split())

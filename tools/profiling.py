@@ -16,6 +16,7 @@ import torch
 import tyro
 from rich.console import Console
 
+from patchmill.pipeline.manifest import MANIFEST_NAME
 from patchmill.tools import cli, profile_diff, profile_report, profile_tables
 from patchmill.tools.pretrain import split_defaults
 from patchmill.tools.profile_kernels import measure_kernels
@@ -32,6 +33,7 @@ from patchmill.tools.verdict import CORES, Model, Verdict, judge
 from patchmill.tools.whole import whole_file
 from patchmill.trainer.config import PretrainConfig
 from patchmill.trainer.recipes import with_options
+from patchmill.trainer.run_folder import STATUS
 
 FOLDER = "profile-report"
 NAMED_REMEDIES = 2
@@ -144,8 +146,7 @@ def measure(mode: str, options: ProfileConfig, command: str) -> dict[str, Any] |
     if ranks > 1 and mode != "train":
         raise ValueError(f"profile {mode} measures one rank; start it without torchrun (train takes several)")
     config = fitting_batch(options.run, device, options.batch, ranks)
-    folder = Path(config.out)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = _folder(Path(config.out))
     sections: dict[str, Any] = {}
     say = Console(stderr=True).print if _is_first() else _say_nothing
     with Neighbours() as around:
@@ -168,6 +169,17 @@ def measure(mode: str, options: ProfileConfig, command: str) -> dict[str, Any] |
         return None
     model, verdict, found = conclude(sections, trials, config, around.noise)
     return profile_report.make(mode, command, config, device, sections, model, verdict, found, around.noise)
+
+
+def _folder(out: Path) -> Path:
+    """Makes the folder of a report. Raises ValueError where something else stands there."""
+    for name, what in ((STATUS, "a run"), (MANIFEST_NAME, "a dataset")):
+        if (out / name).exists():
+            raise ValueError(f"--out {out} holds {what}; choose another folder for the report")
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out {out} is a file; choose a folder for the report")
+    out.mkdir(parents=True, exist_ok=True)
+    return out
 
 
 def conclude(

@@ -112,7 +112,7 @@ def _fit(config: TargetConfig, model: ModelConfig) -> tuple[dict[str, Tensor], s
     with _progress() as bar:
         if config.kind == "pca":
             covariance = Covariance()
-            for patches_BLP in _patches(config, model, device, model.num_patches, bar):
+            for patches_BLP in _patches(config, model, device, None, bar):
                 covariance.add(patches_BLP.flatten(0, 1))
             found = principal_components(covariance, model.pred_dim)
             summary = (
@@ -120,8 +120,7 @@ def _fit(config: TargetConfig, model: ModelConfig) -> tuple[dict[str, Tensor], s
                 f"their variance (the first {found.explained[0]:.2%}, the last {found.explained[-1]:.4%})"
             )
             return {"mean": found.mean.cpu(), "basis": found.basis.cpu()}, summary
-        per_image = min(model.num_patches, -(-config.patches // config.images))
-        every = [patches_BKP.flatten(0, 1) for patches_BKP in _patches(config, model, device, per_image, bar)]
+        every = [patches_BKP.flatten(0, 1) for patches_BKP in _patches(config, model, device, config.patches, bar)]
         patches_NP = torch.cat(every)[: config.patches]
         task = bar.add_task("rounds", total=config.rounds)
         start_VP = first_codes(patches_NP, model.pred_dim, config.seed)
@@ -135,9 +134,13 @@ def _fit(config: TargetConfig, model: ModelConfig) -> tuple[dict[str, Tensor], s
 
 
 def _patches(
-    config: TargetConfig, model: ModelConfig, device: torch.device, per_image: int, bar: Progress
+    config: TargetConfig, model: ModelConfig, device: torch.device, most: int | None, bar: Progress
 ) -> Iterator[Tensor]:
-    """fp32 [B, per_image, P] batch by batch: random patches of each training crop, normalised as the model's."""
+    """fp32 [B, K, P] batch by batch: K random patches of each training crop, normalised as the model's.
+
+    Args:
+        most: patches that are wanted of all images together, as many of each; None: all.
+    """
     with build_loader(
         dataclasses.replace(config.data, last_batch="fill"),
         image_size=model.image_size,
@@ -149,6 +152,7 @@ def _patches(
         device=device,
     ) as loader:
         batches = min(-(-config.images // BATCH), loader.steps_per_epoch)
+        per_image = model.num_patches if most is None else min(model.num_patches, -(-most // (batches * BATCH)))
         for _, batch in zip(bar.track(range(batches), description="batches"), loader, strict=False):
             yield target_patches(batch.images, batch.plan.ids_keep[:, :per_image].contiguous(), model)
 

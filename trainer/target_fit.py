@@ -89,7 +89,10 @@ def first_codes(patches_NP: Tensor, count: int, seed: int) -> Tensor:
     """
     different_NP = torch.unique(patches_NP, dim=0)
     if len(different_NP) < count:
-        raise ValueError(f"{len(different_NP)} different patches cannot make {count} codes; take more --patches")
+        raise ValueError(
+            f"{len(different_NP)} different patches cannot make {count} codes; "
+            "take more images or --patches, or a smaller --width"
+        )
     order = torch.randperm(len(different_NP), generator=torch.Generator().manual_seed(seed))
     return different_NP[order[:count].to(patches_NP.device)]
 
