@@ -7,10 +7,10 @@ import pytest
 from patchmill.tools import cli
 
 
-@pytest.mark.parametrize("command", cli.COMMANDS)
+@pytest.mark.parametrize("command", [*cli.COMMANDS, "profile plan", "profile diff"])
 def test_every_command_s_help_has_an_example(command, capsys):
     with pytest.raises(SystemExit) as ended:
-        cli.run(command, ["--help"])
+        cli.run(command.split()[0], [*command.split()[1:], "--help"])
     assert ended.value.code == 0
     lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
     assert any(line == f"patchmill {command}" or line.startswith(f"patchmill {command} ") for line in lines)

@@ -4,9 +4,13 @@ Users' mistakes end in one message on stderr and exit code 2; a traceback means 
 """
 
 import importlib
+import inspect
 import sys
+from typing import Any, TypeVar
 
 from patchmill import __version__
+
+Options = TypeVar("Options")
 
 COMMANDS = {
     "shard": "pack any collection of images into WebDataset shards with an index, a manifest and checksums",
@@ -51,6 +55,19 @@ def usage() -> str:
         "  patchmill pretrain --recipe mae-tiny --data.path shards/ --out runs/first\n"
         "  patchmill reconstruct --checkpoint runs/first --data.path shards/ --out grid.png\n"
     )
+
+
+def parse(options: type[Options], command: str, argv: list[str], **more: Any) -> Options:
+    """The options of a command from its command line.
+
+    Args:
+        options: a dataclass; its docstring, example included (which tyro alone would leave out), opens --help.
+        more: for tyro.cli.
+    """
+    import tyro  # the list of commands does without
+
+    kind = tyro.conf.AvoidSubcommands[options]  # type: ignore[valid-type]
+    return tyro.cli(kind, prog=f"patchmill {command}", description=inspect.getdoc(options), args=argv, **more)
 
 
 def run(command: str, argv: list[str]) -> int:

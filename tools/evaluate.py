@@ -1,13 +1,11 @@
 """patchmill evaluate: a finished classifier + any labelled shards -> its accuracy there."""
 
-import inspect
 import json
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import tyro
 from rich.console import Console
 from rich.table import Table
 
@@ -54,8 +52,7 @@ class EvaluateConfig:
 
 def main(argv: list[str]) -> int:
     """Runs the command."""
-    about = inspect.getdoc(EvaluateConfig)  # given apart, since tyro leaves out the example
-    config = tyro.cli(EvaluateConfig, prog="patchmill evaluate", description=about, args=argv)
+    config = cli.parse(EvaluateConfig, "evaluate", argv)
     if not config.tests:
         raise ValueError("--tests names no dataset: give one or more folders that `patchmill shard` wrote")
     tests = [TestConfig(path, config.class_map, config.crop_fraction, config.batch) for path in config.tests]

@@ -4,7 +4,6 @@ Every image is seen once, whole: centre crop, no flip, no mask, in the dataset's
 """
 
 import dataclasses
-import inspect
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -13,7 +12,6 @@ from typing import Literal
 
 import numpy as np
 import torch
-import tyro
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -61,8 +59,7 @@ class FeaturesConfig:
 
 def main(argv: list[str]) -> int:
     """Runs the command."""
-    about = inspect.getdoc(FeaturesConfig)  # given apart, since tyro leaves out the example
-    config = tyro.cli(FeaturesConfig, prog="patchmill features", description=about, args=argv)
+    config = cli.parse(FeaturesConfig, "features", argv)
     out = Path(config.out)
     if out.suffix not in (".safetensors", ".parquet"):
         raise ValueError(f"--out {out} must end in .safetensors or .parquet")

@@ -3,7 +3,6 @@
 Reading and converting is trainer/interop.py; here are the two commands, and folders that appear whole or not at all.
 """
 
-import inspect
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -85,10 +84,8 @@ def main(argv: list[str]) -> int:
     """Runs one of the two commands; `argv` opens with its name."""
     command, *options = argv
     if command == "export":
-        about = inspect.getdoc(ExportConfig)  # given apart, since tyro leaves out the example
-        return export(tyro.cli(ExportConfig, prog="patchmill export", description=about, args=options))
-    about = inspect.getdoc(ImportConfig)
-    return import_(tyro.cli(ImportConfig, prog="patchmill import", description=about, args=options))
+        return export(cli.parse(ExportConfig, "export", options))
+    return import_(cli.parse(ImportConfig, "import", options))
 
 
 def export(config: ExportConfig) -> int:

@@ -1,10 +1,7 @@
 """patchmill knn: checkpoint + labelled shards -> accuracy of the nearest neighbours in feature space."""
 
-import inspect
 import sys
 from pathlib import Path
-
-import tyro
 
 from patchmill.tools import cli
 from patchmill.tools.eval_cli import is_first, print_results
@@ -18,8 +15,7 @@ from patchmill.trainer.world import joined_world
 
 def main(argv: list[str]) -> int:
     """Runs the command."""
-    about = inspect.getdoc(KnnConfig)  # given apart, since tyro leaves out the example
-    config = tyro.cli(tyro.conf.AvoidSubcommands[KnnConfig], prog="patchmill knn", description=about, args=argv)
+    config = cli.parse(KnnConfig, "knn", argv)
     test = open_labelled(config.test.path, "test.path")
     subject = open_subject(config.subject, config.seed)
     run = Path(config.out) if config.out else default_out(subject.file, "knn", subject.start)

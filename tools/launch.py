@@ -5,7 +5,6 @@ SIGUSR1 otherwise), time to save before it kills them, restarts, and PYTHONSAFEP
 directory shadows a package.
 """
 
-import inspect
 import shlex
 import stat
 import subprocess
@@ -13,8 +12,6 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
-
-import tyro
 
 from patchmill.tools import cli
 from patchmill.tools.pretrain import parse
@@ -79,8 +76,7 @@ class LaunchConfig:
 def main(argv: list[str]) -> int:
     """Runs the command."""
     options, given = (argv[: argv.index("--")], argv[argv.index("--") + 1 :]) if "--" in argv else (argv, [])
-    about = inspect.getdoc(LaunchConfig)  # given apart, since tyro leaves out the example
-    launch = tyro.cli(LaunchConfig, prog="patchmill launch", description=about, args=options)
+    launch = cli.parse(LaunchConfig, "launch", options)
     if not given:
         raise ValueError("say what to train after --, as in: patchmill launch --gpus 8 -- --recipe mae-vit-b16 ...")
     config = parse(given)  # a mistake is better found here than in a job

@@ -1,12 +1,10 @@
 """patchmill look: checkpoint + shards -> a PNG of images, their features as colours, and where each head looks."""
 
-import inspect
 import sys
 from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
-import tyro
 
 from patchmill.pipeline.data_config import DataConfig
 from patchmill.pipeline.masks import MaskConfig
@@ -58,8 +56,7 @@ class LookConfig:
 
 def main(argv: list[str]) -> int:
     """Runs the command."""
-    about = inspect.getdoc(LookConfig)  # given apart, since tyro leaves out the example
-    config = tyro.cli(LookConfig, prog="patchmill look", description=about, args=argv)
+    config = cli.parse(LookConfig, "look", argv)
     out = check_picture(config.out, config.data)
     if config.images < 1 or not config.show:
         raise ValueError("--images must be at least 1, and --show at least one of features, attention")

@@ -119,7 +119,7 @@ class PlanArgs:
 
 def plan(argv: list[str]) -> int:
     """Runs `patchmill profile plan`."""
-    args = tyro.cli(PlanArgs, prog="patchmill profile plan", args=argv)
+    args = cli.parse(PlanArgs, "profile plan", argv)
     if not args.machine.gpus:
         raise ValueError("--gpus is 0; give the machine one at least")
     report = profile_report.read(args.report)

@@ -39,8 +39,7 @@ class RecipesArgs:
 
 def main(argv: list[str]) -> int:
     """Runs the command."""
-    about = inspect.getdoc(RecipesArgs)  # given apart, since tyro leaves out the example
-    args = tyro.cli(RecipesArgs, prog="patchmill recipes", description=about, args=argv)
+    args = cli.parse(RecipesArgs, "recipes", argv)
     if args.name:
         everything = {name: make for recipes in KINDS.values() for name, make in recipes.items()}
         print(to_toml(find_recipe(everything, args.name)()), end="")

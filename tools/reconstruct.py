@@ -1,12 +1,9 @@
 """patchmill reconstruct: checkpoint + shards -> a PNG of masked | reconstruction | original (Figures 2, 4 and 6)."""
 
 import dataclasses
-import inspect
 import sys
 from dataclasses import dataclass
 from typing import Any, Literal
-
-import tyro
 
 from patchmill.pipeline.batch import Batch
 from patchmill.pipeline.data_config import DataConfig
@@ -51,8 +48,7 @@ class ReconstructConfig:
 
 def main(argv: list[str]) -> int:
     """Runs the command."""
-    about = inspect.getdoc(ReconstructConfig)
-    config = tyro.cli(ReconstructConfig, prog="patchmill reconstruct", description=about, args=argv)
+    config = cli.parse(ReconstructConfig, "reconstruct", argv)
     out = check_picture(config.out, config.data)
     count, across = config.images or (8 if config.masks else 16), config.across or (1 if config.masks else 2)
     if min(count, across) < 1 or 0 in (config.images, config.across):

@@ -4,7 +4,6 @@ Every results.json below the folder is one number. A row is a pretraining run (o
 folders differ only in a trailing -s<seed> are one row, with mean and standard deviation.
 """
 
-import inspect
 import json
 import re
 import statistics
@@ -42,8 +41,7 @@ class ResultsConfig:
 
 def main(argv: list[str]) -> int:
     """Runs the command."""
-    about = inspect.getdoc(ResultsConfig)  # given apart, since tyro leaves out the example
-    config = tyro.cli(ResultsConfig, prog="patchmill results", description=about, args=argv)
+    config = cli.parse(ResultsConfig, "results", argv)
     table = gather(Path(config.folder))
     if not table:
         raise ValueError(

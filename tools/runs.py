@@ -1,6 +1,5 @@
 """patchmill runs: a folder of run folders -> a table of what they are and where they stand, and their losses."""
 
-import inspect
 import json
 import sys
 from dataclasses import dataclass
@@ -37,8 +36,7 @@ class RunsArgs:
 
 def main(argv: list[str]) -> int:
     """Runs the command."""
-    about = inspect.getdoc(RunsArgs)  # given apart, since tyro leaves out the example
-    args = tyro.cli(RunsArgs, prog="patchmill runs", description=about, args=argv)
+    args = cli.parse(RunsArgs, "runs", argv)
     if not args.folder.is_dir():
         raise ValueError(f"no folder {args.folder}; give the one that holds the runs (what --out was, or above it)")
     runs = []

@@ -1,12 +1,10 @@
 """patchmill spectrum: checkpoints + shards -> how many directions their features use, as numbers and as a picture."""
 
-import inspect
 import json
 import sys
 from dataclasses import dataclass, field
 from typing import Literal
 
-import tyro
 from rich.console import Console
 from rich.table import Table
 
@@ -57,8 +55,7 @@ class SpectrumConfig:
 
 def main(argv: list[str]) -> int:
     """Runs the command."""
-    about = inspect.getdoc(SpectrumConfig)  # given apart, since tyro leaves out the example
-    config = tyro.cli(SpectrumConfig, prog="patchmill spectrum", description=about, args=argv)
+    config = cli.parse(SpectrumConfig, "spectrum", argv)
     out, names = check_picture(config.out, config.data), config.names or config.checkpoints
     if not config.checkpoints or len(names) != len(config.checkpoints):
         raise ValueError(f"--checkpoints needs at least one, and --names one for each: {len(config.checkpoints)}")

@@ -5,7 +5,6 @@ The fit is trainer/target_fit.py; here are the command line and what a person se
 
 import argparse
 import dataclasses
-import inspect
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -83,14 +82,8 @@ def main(argv: list[str]) -> int:
     first.add_argument("--recipe", default="mae-vit-b16")
     chosen, rest = first.parse_known_args(argv)
     recipe = get_recipe(chosen.recipe)
-    about = inspect.getdoc(TargetConfig)  # given apart, since tyro leaves out the example
-    config = tyro.cli(
-        TargetConfig,
-        prog="patchmill target",
-        description=about,
-        default=TargetConfig(kind=tyro.MISSING, out=tyro.MISSING, data=recipe.data, model=recipe.model),
-        args=rest,
-    )
+    default = TargetConfig(kind=tyro.MISSING, out=tyro.MISSING, data=recipe.data, model=recipe.model)
+    config = cli.parse(TargetConfig, "target", rest, default=default)
     if Path(config.out).suffix != ".safetensors":
         raise ValueError(f"--out {config.out} must end in .safetensors")
     width = config.width or (config.model.target_width if config.model.target == config.kind else 0)
