@@ -5,27 +5,15 @@ import dataclasses
 import pytest
 import torch
 from safetensors.torch import load_file
+from small_runs import small_run
 
 from patchmill.trainer import checkpoint
 from patchmill.trainer.interop import read_checkpoint, write_checkpoint
 from patchmill.trainer.models import build_model
 from patchmill.trainer.pretrain import pretrain
-from patchmill.trainer.recipes import get_recipe, with_options
 from patchmill.trainer.state_names import encoder_only, is_decoder
 from patchmill.trainer.warm_start import begin_from
 from photos import make_dataset
-
-OPTIONS = {
-    "model__image_size": 32,
-    "model__embed_dim": 32,
-    "model__depth": 2,
-    "model__num_heads": 2,
-    "model__decoder_embed_dim": 16,
-    "model__decoder_num_heads": 2,
-    "train__global_batch": 8,
-    "train__total_steps": 2,
-    "device": "cpu",
-}
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +30,7 @@ def first(dataset, tmp_path_factory):
 
 
 def config_of(dataset, run, **changes):
-    return with_options(get_recipe("mae-tiny"), data__path=str(dataset), out=str(run), **OPTIONS | changes)
+    return small_run(dataset, run, **{"train__total_steps": 2} | changes)
 
 
 def weights(run, step):
