@@ -17,7 +17,6 @@ from importlib import import_module
 from typing import Any
 
 import numpy as np
-import simplejpeg
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -25,13 +24,10 @@ from torch.utils.dlpack import from_dlpack
 
 from patchmill.pipeline.decode_cpu import CHUNK
 from patchmill.pipeline.feed import StepPlan
-from patchmill.pipeline.images import decode_image
+from patchmill.pipeline.images import decode_image, is_plain
 from patchmill.pipeline.pool import Pool
-from patchmill.pipeline.shards import JPEG_START
 from patchmill.pipeline.stream_wds import AnyFeeder
 
-PNG_START = b"\x89PNG\r\n\x1a\n"
-PNG_PLAIN = ((8, 0), (8, 2), (8, 6))  # bit depth and colour type: grey, RGB and RGBA
 HARDWARE_SHARE = 0.65  # of the images for the hardware JPEG engine, where there is one; the rest goes to CUDA kernels
 
 
@@ -193,22 +189,6 @@ class _Source:
             ].tolist():
                 samples.append(np.ascontiguousarray(sample[top : top + height, left : left + width]))
         return samples
-
-
-def is_plain(data: bytes, size_hw: tuple[int, int]) -> bool:
-    """Whether DALI decodes an image as documented: 8-bit grey, YCbCr or RGB JPEGs, 8-bit grey, RGB or RGBA PNGs.
-
-    Only with the size that is expected (or turned, for EXIF): DALI would decode a bomb, or fail on windows outside.
-    """
-    if data[:3] == JPEG_START:
-        try:
-            height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
-        except ValueError:
-            return False
-        return colours in ("Gray", "YCbCr", "RGB") and (height, width) in (size_hw, size_hw[::-1])
-    if data[:8] != PNG_START or tuple(data[24:26]) not in PNG_PLAIN or b"eXIf" in data[:65536]:
-        return False
-    return (int.from_bytes(data[20:24], "big"), int.from_bytes(data[16:20], "big")) == size_hw
 
 
 def as_ppm(image_HWC: NDArray[np.uint8]) -> bytes:

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from patchmill.kernels.philox import STREAM_ORDER, STREAM_REPLACE, draw_numpy
 from patchmill.pipeline.feed import CropConfig, Decoded, Feeder, StepPlan
+from patchmill.pipeline.image_headers import IMAGE_EXTENSIONS
 from patchmill.pipeline.images import displayed_size
 from patchmill.pipeline.order import EpochOrder
 from patchmill.pipeline.prefetch import Prefetcher
@@ -32,7 +33,6 @@ from patchmill.pipeline.urls import beside, redact
 
 log = logging.getLogger(__name__)
 
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "tif", "tiff", "webp", "bmp", "ppm")
 BUFFER_BLOCK = 1 << 16  # of the `order` stream: places in the shuffle buffer; shards use the first blocks
 ATTEMPTS = 100
 AT_ONCE, QUEUED = 16, 16  # samples that the reading thread hands over together, and how many such groups wait

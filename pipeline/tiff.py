@@ -10,7 +10,11 @@ import struct
 import numpy as np
 
 WIDTH, HEIGHT, BITS, COMPRESSION, PHOTOMETRIC = 256, 257, 258, 259, 262
-STRIP_OFFSETS, SAMPLES, ROWS_PER_STRIP, STRIP_BYTES, PLANAR, EXTRA = 273, 277, 278, 279, 284, 338
+STRIP_OFFSETS, ORIENTATION, SAMPLES, ROWS_PER_STRIP, STRIP_BYTES, PLANAR, EXTRA = 273, 274, 277, 278, 279, 284, 338
+GREY, RGB, PREMULTIPLIED = 1, 2, 1  # values of PHOTOMETRIC (twice) and EXTRA
+READ = frozenset(
+    [WIDTH, HEIGHT, BITS, COMPRESSION, PHOTOMETRIC, STRIP_OFFSETS, ORIENTATION, SAMPLES, STRIP_BYTES, PLANAR, EXTRA]
+)
 SHORT, LONG = 3, 4
 SIZES = {1: 1, 2: 1, SHORT: 2, LONG: 4}
 
@@ -51,7 +55,8 @@ def write_tiff(pixels: np.ndarray) -> bytes:
 def read_tiff(data: bytes | memoryview) -> np.ndarray:
     """Pixels, uint8 [height, width, channels], as a view of `data`.
 
-    Reads uncompressed, interleaved 8-bit TIFFs whose strips lie one after the other; ValueError names anything else.
+    Reads uncompressed, interleaved 8-bit TIFFs, grey or RGB, upright, whose strips follow each other; ValueError names
+    anything else.
     """
     buffer = memoryview(data)
     order = {b"II": "<", b"MM": ">"}.get(bytes(buffer[:2]))
@@ -62,24 +67,32 @@ def read_tiff(data: bytes | memoryview) -> np.ndarray:
         width, height = tags[WIDTH][0], tags[HEIGHT][0]
         channels = tags.get(SAMPLES, [1])[0]
         offsets, sizes = tags[STRIP_OFFSETS], tags[STRIP_BYTES]
+        start = offsets[0]
     except (struct.error, KeyError, IndexError):
         raise ValueError("its directory is damaged or cut short") from None
-    if tags.get(COMPRESSION, [1])[0] != 1 or set(tags.get(BITS, [1])) != {8} or tags.get(PLANAR, [1])[0] != 1:
+    if tags.get(COMPRESSION, [1]) != [1] or set(tags.get(BITS, [1])) != {8} or tags.get(PLANAR, [1]) != [1]:
         raise ValueError("only uncompressed, interleaved 8-bit TIFFs are read")
+    if tags.get(ORIENTATION, [1]) != [1] or tags.get(PHOTOMETRIC, [GREY]) not in ([GREY], [RGB]):
+        raise ValueError("only upright TIFFs in grey or RGB are read")
+    if channels <= 4 and PREMULTIPLIED in tags.get(EXTRA, []):
+        raise ValueError("premultiplied alpha is not read")
     follow = all(a + n == b for a, n, b in zip(offsets, sizes, offsets[1:], strict=False))
-    if not follow or sum(sizes) != width * height * channels or offsets[0] + sum(sizes) > len(buffer):
+    if not follow or sum(sizes) != width * height * channels or not 0 < sum(sizes) <= len(buffer) - start:
         raise ValueError(f"its strips do not hold {width} x {height} x {channels} bytes in one piece: cut short")
-    return np.frombuffer(buffer, np.uint8, width * height * channels, offsets[0]).reshape(height, width, channels)
+    return np.frombuffer(buffer, np.uint8, width * height * channels, start).reshape(height, width, channels)
 
 
 def _directory(buffer: memoryview, order: str) -> dict[int, list[int]]:
-    """Tag -> values, of the first directory; values that are neither bytes, shorts nor longs are left out."""
+    """Tag -> values, of the first directory; none for values that are neither bytes, shorts nor longs."""
     (start,) = struct.unpack_from(order + "I", buffer, 4)
     (count,) = struct.unpack_from(order + "H", buffer, start)
-    tags = {}
+    tags: dict[int, list[int]] = {}
     for i in range(count):
         tag, kind, length = struct.unpack_from(order + "HHI", buffer, start + 2 + 12 * i)
+        if tag not in READ:
+            continue
         if kind not in SIZES or length * SIZES[kind] > len(buffer):
+            tags[tag] = []
             continue
         at = start + 2 + 12 * i + 8
         if length * SIZES[kind] > 4:

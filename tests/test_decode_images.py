@@ -11,8 +11,7 @@ from PIL import Image, ImageOps
 from raw_dataset import make_raw_dataset
 
 from patchmill.pipeline.decode_cpu import INTERPOLATIONS
-from patchmill.pipeline.decode_dali import is_plain
-from patchmill.pipeline.images import decode_image, displayed_size
+from patchmill.pipeline.images import decode_image, displayed_size, is_plain
 from patchmill.pipeline.loader import DataConfig, build_loader
 from patchmill.pipeline.masks import MaskConfig
 from patchmill.pipeline.tiff import write_tiff

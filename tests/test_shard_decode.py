@@ -8,7 +8,8 @@ import simplejpeg
 from faults import exif, sound_jpegs, unusual_jpegs, with_exif
 from PIL import Image
 
-from patchmill.tools.jpeg_scan import exif_orientation, scan_jpeg
+from patchmill.pipeline.image_headers import exif_orientation
+from patchmill.tools.jpeg_scan import scan_jpeg
 from patchmill.tools.normalise import ONE_EIGHTH
 from patchmill.tools.strict_decode import strict_pixels
 from photos import jpeg, photograph
@@ -70,15 +71,13 @@ def test_orientation_is_read_as_pillow_reads_it(orientation):
     data = with_exif(jpeg(np.zeros((16, 24, 3), np.uint8)), exif(orientation))
     with Image.open(io.BytesIO(data)) as image:
         expected = image.getexif().get(0x0112)
-    assert scan_jpeg(data).orientation == (expected if expected in range(1, 9) else 1)
+    assert scan_jpeg(data).orientation.value == (expected if expected in range(1, 9) else 1)
     tags = Image.Exif()
     tags[0x0112] = orientation
     tags[0x010F] = "maker"
     for endian in ("<", ">"):
         tags.endian = endian
-        assert exif_orientation(tags.tobytes().removeprefix(b"Exif\0\0")) == (
-            orientation if 1 <= orientation <= 8 else 1
-        )
+        assert exif_orientation(tags.tobytes()).value == (orientation if 1 <= orientation <= 8 else 1)
 
 
 @pytest.mark.parametrize(

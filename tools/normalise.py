@@ -16,22 +16,17 @@ from typing import Literal
 
 import numpy as np
 import simplejpeg
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from PIL.JpegImagePlugin import JpegImageFile
 
+from patchmill.pipeline.image_headers import TIFF_STARTS, UPRIGHT, ImageDamage, oriented
+from patchmill.pipeline.images import UndefinedPixels, UnknownImage, jpeg_header, open_image
 from patchmill.pipeline.manifest import ImageFormat
+from patchmill.pipeline.shards import JPEG_START
 from patchmill.pipeline.tiff import read_tiff, write_tiff
 from patchmill.tools.jpeg_scan import BASELINE, JpegFacts, scan_jpeg
 from patchmill.tools.shrink import shrink
-from patchmill.tools.strict_decode import (
-    DECODE_ERRORS,
-    Rejected,
-    jpeg_pixels,
-    oriented,
-    pillow_pixels,
-    pillow_without_limit,
-    strict_pixels,
-)
+from patchmill.tools.strict_decode import Rejected, pillow_pixels, pillow_without_limit, scaled_pixels, strict_pixels
 
 FIRST_BYTES = {
     b"<!DOCTYPE": "an HTML page", b"<html": "an HTML page", b"<?xml": "an XML or SVG file", b"<svg": "an SVG file",
@@ -74,9 +69,14 @@ def normalise(data: bytes, policy: Policy, *, want_pixels: bool = True) -> Packe
     """
     if not data:
         raise Rejected("empty file")
-    if data[:3] == b"\xff\xd8\xff":
-        return _normalise_jpeg(data, policy, want_pixels)
-    return _normalise_other(data, policy)
+    try:
+        if data[:3] == JPEG_START:
+            return _normalise_jpeg(data, policy, want_pixels)
+        return _normalise_other(data, policy)
+    except UndefinedPixels as error:
+        raise Rejected(str(error)) from None
+    except ImageDamage as damage:
+        raise Rejected(f"damaged {'JPEG' if data[:3] == JPEG_START else 'image'}: {damage}") from None
 
 
 def pack_pixels(pixels: np.ndarray, policy: Policy) -> Packed:
@@ -116,24 +116,21 @@ def target_size(height: int, width: int, policy: Policy) -> tuple[int, int]:
 
 
 def _normalise_jpeg(data: bytes, policy: Policy, want_pixels: bool) -> Packed:
-    try:
-        facts = scan_jpeg(data)
-        check_size(facts.height, facts.width, policy)
-        height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
-        if (height, width) != (facts.height, facts.width):
-            raise Rejected("damaged JPEG: two frame headers that disagree")
-        upright = facts.orientation == 1
-        sound = facts.frame == BASELINE and facts.precision == 8 and colours in ("Gray", "YCbCr") and upright
-        resized = policy.resize == "border" or target_size(height, width, policy) != (height, width)
-        if sound and not resized and policy.encode == "keep":
-            body = data[: facts.end]
-            pixels = strict_pixels(body, colours, **({} if want_pixels else ONE_EIGHTH))
-            return Packed(body, ImageFormat.JPEG, width, height, pixels if want_pixels else None)
-        pixels = oriented(jpeg_pixels(data, colours, facts, target_size(height, width, policy)), facts.orientation)
-    except (ValueError, OSError) as error:
-        raise Rejected(f"damaged JPEG: {_plain(error)}") from None
+    facts = scan_jpeg(data)
+    check_size(facts.height, facts.width, policy)
+    height, width, colours = jpeg_header(data)
+    if (height, width) != (facts.height, facts.width):
+        raise ImageDamage("two frame headers that disagree")
     plain_colours = colours in ("Gray", "YCbCr")
-    aligned = upright or (height % 16 == 0 and width % 16 == 0)  # turning keeps the blocks whole
+    sound = facts.frame == BASELINE and facts.precision == 8 and plain_colours and facts.orientation == UPRIGHT
+    resized = policy.resize == "border" or target_size(height, width, policy) != (height, width)
+    if sound and not resized and policy.encode == "keep":
+        body = data[: facts.end]
+        pixels = strict_pixels(body, colours, **({} if want_pixels else ONE_EIGHTH))
+        return Packed(body, ImageFormat.JPEG, width, height, pixels if want_pixels else None)
+    pixels = scaled_pixels(data, colours, facts, target_size(height, width, policy))
+    pixels = oriented(pixels, facts.orientation.value)
+    aligned = facts.orientation.value == 1 or (height % 16 == 0 and width % 16 == 0)  # turning keeps the blocks whole
     if policy.encode == "keep" and not resized and plain_colours and aligned:
         return _encode_like(pixels, data, facts)
     if policy.encode == "keep" and not resized and plain_colours:
@@ -147,10 +144,11 @@ def _encode_like(pixels: np.ndarray, source: bytes, facts: JpegFacts) -> Packed:
     Measured on photographs of quality 85: off by 0.05 grey levels on average (0.5 with halved chroma), where quality 95
     is off by 0.65 (1.0) and 1.6 times as large.
     """
-    with pillow_without_limit(), Image.open(io.BytesIO(source), formats=["JPEG"]) as image:
-        assert isinstance(image, JpegImageFile)
-        tables, sampling = image.quantization, [(layer[1], layer[2]) for layer in image.layer]
-    if facts.orientation >= 5:  # axes are swapped: so are the frequencies
+    with pillow_without_limit():
+        image = open_image(source)
+    assert isinstance(image, JpegImageFile)
+    tables, sampling = image.quantization, [(layer[1], layer[2]) for layer in image.layer]
+    if facts.orientation.value >= 5:  # axes are swapped: so are the frequencies
         tables = {i: np.reshape(t, (8, 8)).T.ravel().tolist() for i, t in tables.items()}
     modes = {(1, 1): 0, (2, 1): 1, (2, 2): 2}
     pair = (sampling[0][0] // sampling[-1][0], sampling[0][1] // sampling[-1][1])
@@ -165,10 +163,8 @@ def _normalise_other(data: bytes, policy: Policy) -> Packed:
     """PNG and the formats that only Pillow reads; of several frames the first."""
     try:
         pixels, plain = pillow_pixels(data, partial(check_size, policy=policy), policy.alpha == "keep")
-    except UnidentifiedImageError:
+    except UnknownImage:
         return _normalise_tiff(data, policy)
-    except DECODE_ERRORS as error:
-        raise Rejected(f"damaged image: {_plain(error)}") from None
     height, width = pixels.shape[:2]
     resized = policy.resize == "border" or target_size(height, width, policy) != (height, width)
     if plain and not resized and policy.encode == "keep":
@@ -178,7 +174,7 @@ def _normalise_other(data: bytes, policy: Policy) -> Packed:
 
 def _normalise_tiff(data: bytes, policy: Policy) -> Packed:
     """TIFFs of many channels, which Pillow does not know; all else is no image."""
-    if data[:4] not in (b"II*\0", b"MM\0*"):
+    if data[:4] not in TIFF_STARTS:
         known = any(data.startswith(magic) for magic in IMAGE_STARTS)
         raise Rejected("damaged image: cut short in its header" if known else f"no image: {_first_bytes(data)}")
     try:
@@ -211,11 +207,6 @@ def _encode(pixels: np.ndarray, policy: Policy, *, lossy: bool = False, subsampl
     out = io.BytesIO()
     Image.fromarray(pixels).save(out, "PNG", compress_level=6)
     return Packed(out.getvalue(), ImageFormat.PNG, width, height, pixels)
-
-
-def _plain(error: BaseException) -> str:
-    text = str(error) or type(error).__name__
-    return text.removeprefix("tjDecompress2(): ").removeprefix("tjDecompressHeader3(): ")
 
 
 def _first_bytes(data: bytes) -> str:

@@ -18,13 +18,13 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from patchmill.pipeline.image_headers import is_image_name
 from patchmill.pipeline.tar_stream import TarDamage, split_key
 from patchmill.tools.sources import (
     ENTRY_DTYPE,
     Listing,
     Method,
     is_hidden,
-    is_image_name,
     labels_from_folders,
     make_entries,
 )

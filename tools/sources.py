@@ -13,27 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-IMAGE_EXTENSIONS = frozenset(
-    [
-        "jpg",
-        "jpeg",
-        "jpe",
-        "jfif",
-        "mpo",
-        "png",
-        "apng",
-        "gif",
-        "bmp",
-        "dib",
-        "tif",
-        "tiff",
-        "webp",
-        "avif",
-        "ppm",
-        "pgm",
-        "pnm",
-    ]
-)
+from patchmill.pipeline.image_headers import is_image_name
+
 SPLIT_NAMES = frozenset(["train", "training", "val", "valid", "validation", "test", "testing", "eval"])
 
 
@@ -123,11 +104,6 @@ def read_sample(listing: Listing, row: int) -> bytes:
     if entry["crc32"] and zlib.crc32(data) != entry["crc32"]:
         raise SourceDamage("damaged in its archive: its checksum is wrong")
     return data
-
-
-def is_image_name(name: str) -> bool:
-    """Whether the extension is one of an image format that is packed."""
-    return name.rpartition(".")[2].lower() in IMAGE_EXTENSIONS and "." in name
 
 
 def is_hidden(name: str) -> bool:

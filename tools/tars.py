@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from patchmill.pipeline.manifest import EXTENSIONS, ImageFormat
+from patchmill.pipeline.image_headers import IMAGE_EXTENSIONS
+from patchmill.pipeline.manifest import ImageFormat
 from patchmill.pipeline.tar_stream import (
     BLOCK,
     TarDamage,
@@ -26,8 +27,6 @@ from patchmill.pipeline.tar_stream import (
 )
 
 END_OF_ARCHIVE = bytes(2 * BLOCK)
-FORMATS = {extension: format for format, extension in EXTENSIONS.items()}
-FORMATS |= {"jpeg": ImageFormat.JPEG, "tiff": ImageFormat.TIFF}  # in tars made by others
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +118,7 @@ def index_of(members: list[TarMember]) -> str:
 def image_format(name: str) -> ImageFormat | None:
     """The format that a member's WebDataset extension stands for; None when it is no image of a dataset."""
     split = split_key(name)
-    return FORMATS.get(split[1].lower()) if split else None
+    return IMAGE_EXTENSIONS.get(split[1].lower()) if split else None
 
 
 def walk_tar(file: BinaryIO) -> Iterator[TarMember]:

@@ -20,6 +20,7 @@ import tyro
 from rich.console import Console
 from rich.progress import track
 
+from patchmill.pipeline.image_headers import ImageDamage
 from patchmill.pipeline.manifest import (
     MANIFEST_NAME,
     NAMES_NAME,
@@ -34,7 +35,7 @@ from patchmill.pipeline.manifest import (
 from patchmill.pipeline.tar_stream import TarDamage
 from patchmill.tools.pack_dataset import processors
 from patchmill.tools.plan import shuffle_keys
-from patchmill.tools.strict_decode import DECODE_ERRORS, Rejected, decode
+from patchmill.tools.strict_decode import decode
 from patchmill.tools.tars import TarMember, image_format, index_of, walk_tar
 
 DESCRIPTION = """\
@@ -226,8 +227,8 @@ def image_fault(data: bytes, row: np.void) -> str:
         return "its crc32 is wrong: the bytes were changed"
     try:
         height, width = decode(data, ImageFormat(row["format"])).shape[:2]
-    except (*DECODE_ERRORS, Rejected) as error:
-        return f"does not decode: {error}"
+    except ImageDamage as damage:
+        return f"does not decode: {damage}"
     if (width, height) != (row["width"], row["height"]):
         return f"is {width} x {height} where the table says {row['width']} x {row['height']}"
     return ""
