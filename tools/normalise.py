@@ -164,7 +164,7 @@ def _normalise_other(data: bytes, policy: Policy) -> Packed:
     try:
         pixels, plain = pillow_pixels(data, partial(check_size, policy=policy), policy.alpha == "keep")
     except UnknownImage:
-        return _normalise_tiff(data, policy)
+        raise _unknown(data) from None
     height, width = pixels.shape[:2]
     resized = policy.resize == "border" or target_size(height, width, policy) != (height, width)
     if plain and not resized and policy.encode == "keep":
@@ -172,15 +172,16 @@ def _normalise_other(data: bytes, policy: Policy) -> Packed:
     return _encode(_resized(pixels, policy), policy)
 
 
-def _normalise_tiff(data: bytes, policy: Policy) -> Packed:
-    """TIFFs of many channels, which Pillow does not know; all else is no image."""
-    if data[:4] not in TIFF_STARTS:
-        known = any(data.startswith(magic) for magic in IMAGE_STARTS)
-        raise Rejected("damaged image: cut short in its header" if known else f"no image: {_first_bytes(data)}")
-    try:
-        return pack_pixels(read_tiff(data), policy)
-    except ValueError as error:
-        raise Rejected(f"unreadable TIFF: {error}") from None
+def _unknown(data: bytes) -> Rejected:
+    """Why Pillow knows no format for these bytes."""
+    if data[:4] in TIFF_STARTS:
+        try:
+            channels = read_tiff(data).shape[2]
+        except ValueError as error:
+            return Rejected(f"unreadable TIFF: {error}")
+        return Rejected(f"a TIFF of {channels} channels: pack such images as one NumPy array (.npy)")
+    known = any(data.startswith(magic) for magic in IMAGE_STARTS)
+    return Rejected("damaged image: cut short in its header" if known else f"no image: {_first_bytes(data)}")
 
 
 def _resized(pixels: np.ndarray, policy: Policy) -> np.ndarray:
