@@ -2,18 +2,21 @@
 
 import dataclasses
 import json
+import time
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from ranks import next_world, run_ranks
 from safetensors.torch import load_file
 
-from patchmill.trainer import checkpoint
+from patchmill.trainer import checkpoint, world
 from patchmill.trainer.mae import MAEOutput, MaskedAutoencoder
 from patchmill.trainer.metrics import read_lines, read_metrics
 from patchmill.trainer.pretrain import pretrain
 from patchmill.trainer.recipes import get_recipe, with_options
+from patchmill.trainer.world import joined_world
 from photos import make_dataset
 
 STEPS = 20
@@ -159,3 +162,29 @@ def test_a_bad_loss_on_one_rank_makes_all_ranks_skip_that_step_and_no_other(name
     (entry,) = read_lines(run / "skipped.jsonl")
     assert (entry["step"], entry["loss"], entry["ranks"], len(entry["samples"])) == (BAD_STEP, None, [1], 4)
     assert json.loads((run / "status.json").read_text())["state"] == "finished"
+
+
+def wait_alone(i):
+    """Begins three collectives and waits for one of them."""
+    with joined_world("cpu", 1.0):
+        under_way = [dist.all_reduce(torch.zeros(1), async_op=True) for _ in range(3)]
+        under_way[i].wait()
+
+
+def wait_for_a_rank_that_hangs(rank, done):
+    """Rank 1 takes part in nothing; rank 0 has several collectives under way and sees the error of each in turn."""
+    world.LAST_WORDS_SECONDS = 0.5
+    for i in range(3):
+        next_world()
+        if rank == 0:
+            with pytest.raises(ConnectionError, match=r"^rank 1 of 2 died or did not answer for 1 s"):
+                wait_alone(i)
+            (done / str(i)).touch()
+        else:
+            with joined_world("cpu", 60.0):
+                while not (done / str(i)).exists():
+                    time.sleep(0.05)
+
+
+def test_a_rank_that_hangs_is_named_whichever_collective_notices(tmp_path):
+    run_ranks(2, 3, wait_for_a_rank_that_hangs, tmp_path)

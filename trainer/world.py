@@ -21,6 +21,9 @@ from torch.distributed.rendezvous import rendezvous
 
 LAST_WORDS_SECONDS = 5.0
 """how long ranks that lost the others wait to hear who is still there"""
+LOST = ("gloo", "nccl", "connection closed", "connection reset", "socket closed", "pair closure", "operation timed out")
+"""words by which collectives say that another rank is lost. When several are under way, gloo gives its full message to
+one of them and a bare "Application timeout caused pair closure" to the rest"""
 
 
 @dataclass(frozen=True)
@@ -197,7 +200,7 @@ def autocast_dtype(precision: Literal["auto", "bf16", "fp16", "fp32"], device: t
 def _is_of_transport(error: RuntimeError) -> bool:
     """Whether an error says that other ranks were lost, not that something of our own is wrong."""
     text = str(error).lower()
-    return isinstance(error, dist.DistError) or any(word in text for word in ("gloo", "nccl", "connection closed"))
+    return isinstance(error, dist.DistError) or any(words in text for words in LOST)
 
 
 def _missing_ranks(world: World) -> list[int]:
