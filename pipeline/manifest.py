@@ -69,6 +69,22 @@ class ShardInfo:
         return self.name.removesuffix(".tar") + ".idx"
 
 
+def check_shard_name(name: object, where: str) -> str:
+    """Returns a shard's name that came from a file or a server, if it is a plain file name that ends in .tar.
+
+    The name becomes a path that is read, written and deleted. Any other could leave the folder, or be a table of it.
+
+    Raises:
+        ValueError: `where` and the name, for anything else.
+    """
+    if not isinstance(name, str) or name != Path(name).name or "\0" in name or not name.endswith(".tar"):
+        raise ValueError(
+            f"{where} names a shard {name!r}; expected a plain file name that ends in .tar. The dataset is damaged or "
+            "made to do harm: restore it or pack it again"
+        )
+    return name
+
+
 @dataclass(frozen=True)
 class Manifest:
     """What manifest.json says; equal content gives equal bytes (no times, no host, no path).
@@ -114,6 +130,8 @@ class Manifest:
             )
         try:
             raw["shards"] = [ShardInfo(**shard) for shard in raw["shards"]]
+            for shard in raw["shards"]:
+                check_shard_name(shard.name, where)
             raw["mean"], raw["std"] = tuple(raw["mean"]), tuple(raw["std"])
             known = {f.name for f in fields(cls)}
             return cls(**{name: value for name, value in raw.items() if name in known})

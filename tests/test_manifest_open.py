@@ -53,6 +53,14 @@ def test_whole(dataset):
     assert opened.shard_path(0) == dataset / "shard-000000.tar"
 
 
+@pytest.mark.parametrize("name", ["/etc/x.tar", "../x.tar", "a/x.tar", "x.tar/", "samples.npy", "..", "", "x\0.tar", 3])
+def test_a_shard_named_like_anything_but_a_tar_of_the_folder_is_refused(dataset, name):
+    shards = json.loads((dataset / "manifest.json").read_text())["shards"]
+    edit(dataset, shards=[shards[0] | {"name": name}, *shards[1:]])
+    with pytest.raises(ValueError, match=r"manifest\.json names a shard .* expected a plain file name"):
+        open_dataset(dataset)
+
+
 def test_fingerprint_follows_the_content(dataset, tmp_path):
     first = open_dataset(dataset).manifest
     assert Manifest.from_json(first.to_json()) == first

@@ -1,6 +1,8 @@
 """Remote datasets: the same batches as local ones, and a cache that never holds half a shard, whatever happens."""
 
+import json
 import os
+import shutil
 
 import pytest
 from http_server import serve
@@ -52,6 +54,23 @@ def assert_only_whole_files(cache, dataset):
     for path in cache.rglob("*"):
         if path.is_file() and path.suffix != ".lock":
             assert path.read_bytes() == (dataset / path.name).read_bytes()
+
+
+@pytest.mark.parametrize("absolute", [True, False])
+def test_a_manifest_cannot_write_or_delete_outside_the_cache(dataset, tmp_path, absolute):
+    """The server names a file of ours as its shard, and once more one that is not there yet."""
+    served, cache, ours = tmp_path / "served", tmp_path / "deep" / "cache", tmp_path / "ours"
+    shutil.copytree(dataset, served)
+    ours.mkdir()
+    (ours / "kept.tar").write_text("kept")
+    manifest = json.loads((served / "manifest.json").read_text())
+    for shard, name in zip(manifest["shards"], ("kept.tar", "new.tar"), strict=False):
+        shard["name"] = str(ours / name) if absolute else f"../../../ours/{name}"
+    (served / "manifest.json").write_text(json.dumps(manifest))
+    with serve(served) as server, pytest.raises(ValueError, match=r"manifest\.json names a shard .*kept\.tar"):
+        open_loader(server.url, cache)
+    assert [path.name for path in ours.iterdir()] == ["kept.tar"]
+    assert not cache.exists()
 
 
 def test_batches_are_those_of_the_local_dataset(dataset, expected, tmp_path):

@@ -1,6 +1,7 @@
 """What a user can get wrong, and what a disk can: one clear message, exit code 2, nothing half-written."""
 
 import errno
+import json
 import os
 import resource
 import subprocess
@@ -11,9 +12,12 @@ import numpy as np
 import pytest
 
 from patchmill.tools.cli import run
+from patchmill.tools.finish import read_part
+from patchmill.tools.pack import part_name
 from patchmill.tools.pack_dataset import pack_dataset
 from patchmill.tools.plan import PackOptions
 from patchmill.tools.sources import list_folder
+from patchmill.tools.store import LocalStore
 from patchmill.tools.tars import ShardWriter
 from photos import jpeg, make_image_folder, photograph
 
@@ -190,3 +194,11 @@ def test_bombs_cost_nothing(tmp_path):
     pack_dataset(list_folder(tmp_path / "in"), tmp_path / "out")
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50_000  # kilobytes
     assert "65500 x 65500 pixels" in (tmp_path / "out" / "quarantine.jsonl").read_text()
+
+
+def test_a_part_record_cannot_name_a_file_outside_the_dataset(tmp_path):
+    store = LocalStore(tmp_path / "out", tmp_path / "out.partial")
+    store.create()
+    store.write_text(part_name(0), json.dumps({"name": "../kept.tar", "rows": []}))
+    with pytest.raises(ValueError, match=r"parts/shard-000000\.json names a shard '../kept\.tar'"):
+        read_part(store, 0)

@@ -21,6 +21,7 @@ from patchmill.pipeline.manifest import (
     SAMPLES_NAME,
     Manifest,
     ShardInfo,
+    check_shard_name,
 )
 from patchmill.pipeline.urls import redact
 from patchmill.tools.pack import PixelSums, part_name
@@ -30,7 +31,11 @@ from patchmill.tools.store import PLAN_NAME, Store
 def read_part(store: Store, shard: int) -> dict[str, Any] | None:
     """The part record of a shard, None while there is none."""
     text = store.read_text(part_name(shard))
-    return None if text is None else json.loads(text)
+    if text is None:
+        return None
+    record = json.loads(text)
+    check_shard_name(record["name"], part_name(shard))
+    return record
 
 
 def verified_part(store: Store, shard: int) -> dict[str, Any] | None:
