@@ -20,7 +20,7 @@ from typing import TypeVar
 
 from patchmill.pipeline.manifest import MANIFEST_NAME, SAMPLES_NAME, Dataset, Manifest, open_samples
 from patchmill.pipeline.pool import Pool
-from patchmill.pipeline.urls import is_forbidden, join, open_filesystem, redact, transient_errors
+from patchmill.pipeline.urls import LinkLocalError, is_forbidden, join, open_filesystem, redact, transient_errors
 
 ATTEMPTS = 5
 FIRST_PAUSE_SECONDS = 0.5  # before the second attempt; doubles each time
@@ -142,6 +142,8 @@ def with_retries(action: Callable[[], Result], name: str) -> Result:
             return action()
         except FileNotFoundError:
             raise FileNotFoundError(f"nothing at {name}: check the address") from None
+        except LinkLocalError as error:
+            raise ValueError(f"{name}: {error}") from None
         except WrongBytes as error:
             failure = str(error)
         except transient_errors() as error:

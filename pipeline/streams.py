@@ -8,7 +8,7 @@ from typing import Any
 
 from patchmill.pipeline.remote import ATTEMPTS, FIRST_PAUSE_SECONDS
 from patchmill.pipeline.tar_stream import Readable
-from patchmill.pipeline.urls import is_forbidden, is_url, open_filesystem, redact, transient_errors
+from patchmill.pipeline.urls import LinkLocalError, is_forbidden, is_url, open_filesystem, redact, transient_errors
 
 BLOCK_BYTES = 8 << 20  # asked for at once
 
@@ -50,7 +50,11 @@ class RemoteStream:
                 data = self._file.read(size)
                 self._position += len(data)
                 return data
-            except FileNotFoundError:
+            except (FileNotFoundError, LinkLocalError) as error:
+                # fsspec asks for the size first, and calls whatever stops it "not found"
+                cause = error.__cause__ if isinstance(error, FileNotFoundError) else error
+                if isinstance(cause, LinkLocalError):
+                    raise ValueError(f"{self.name}: {cause}") from None
                 raise FileNotFoundError(f"nothing at {self.name}: check the address") from None
             except transient_errors() as error:
                 if is_forbidden(error):

@@ -1,8 +1,8 @@
 """data.path -> [urls] -> fsspec: what may be opened, what may be shown, and which errors are worth another try.
 
-fsspec comes with the extra `remote`. Only the schemes below are opened, and no link-local address: a list of shards
-that someone else wrote must neither run a shell nor ask a cloud machine's metadata service for its keys. Passwords and
-query strings, which hold signatures, never reach a message.
+fsspec comes with the extra `remote`. Only the schemes below are opened, and no link-local address, not even by a
+redirect: a list of shards that someone else wrote must neither run a shell nor ask a cloud machine's metadata service
+for its keys. Passwords and query strings, which hold signatures, never reach a message.
 """
 
 import ipaddress
@@ -62,17 +62,13 @@ def open_filesystem(url: str) -> tuple[Any, str]:
     parts = urlsplit(url)
     if parts.scheme not in SCHEMES:
         raise ValueError(f"{parts.scheme}: URLs are not opened; there are: {', '.join(sorted(SCHEMES))}")
-    options: dict[str, Any] = {}
     try:
         import fsspec
 
         if parts.scheme in ("http", "https"):
-            import aiohttp
-
-            _refuse_link_local(parts.hostname or "", url)
-            # the default ends every request after five minutes, however well it goes
-            options["client_kwargs"] = {"timeout": aiohttp.ClientTimeout(total=None, sock_read=STALL_SECONDS)}
-        return fsspec.core.url_to_fs(url, **options)
+            # not url_to_fs, which takes the :: of an IPv6 address for its own separator
+            return fsspec.filesystem(parts.scheme, get_client=_http_client), url
+        return fsspec.core.url_to_fs(url)
     except ImportError as error:
         raise ValueError(
             f"{parts.scheme}: URLs need another package ({error}): pip install 'patchmill[remote]'"
@@ -91,10 +87,36 @@ def is_forbidden(error: BaseException) -> bool:
     return isinstance(error, PermissionError) or getattr(error, "status", 0) in (401, 403)
 
 
-def _refuse_link_local(host: str, url: str) -> None:
-    try:
-        found = {info[4][0] for info in socket.getaddrinfo(host, None)}
-    except OSError:
-        return  # no such name: opening it says so
-    if any(ipaddress.ip_address(str(address).split("%")[0]).is_link_local for address in found):
-        raise ValueError(f"{redact(url)} is a link-local address, where cloud machines keep their keys: not opened")
+class LinkLocalError(ValueError):
+    """A URL, or a redirect from it, leads to a link-local address."""
+
+
+async def _http_client(**options: Any) -> Any:
+    """The aiohttp session that fsspec asks for; redirects too connect only to addresses that are checked here."""
+    import aiohttp
+
+    class Resolver(aiohttp.ThreadedResolver):
+        async def resolve(self, *args: Any, **kwargs: Any) -> Any:
+            found = await super().resolve(*args, **kwargs)
+            for each in found:
+                _refuse_link_local(each["host"])
+            return found
+
+    # a literal address is not resolved: the socket's factory sees it
+    connector = aiohttp.TCPConnector(resolver=Resolver(), socket_factory=_open_socket)
+    # the default ends every request after five minutes, however well it goes
+    timeout = aiohttp.ClientTimeout(total=None, sock_read=STALL_SECONDS)
+    return aiohttp.ClientSession(connector=connector, timeout=timeout, **options)
+
+
+def _open_socket(info: tuple[Any, ...]) -> socket.socket:
+    """An unconnected socket for an entry of getaddrinfo."""
+    family, kind, protocol, _, address = info
+    _refuse_link_local(address[0])
+    return socket.socket(family, kind, protocol)
+
+
+def _refuse_link_local(address: str) -> None:
+    host = ipaddress.ip_address(address.split("%")[0])
+    if (getattr(host, "ipv4_mapped", None) or host).is_link_local:
+        raise LinkLocalError(f"{address} is a link-local address, where cloud machines keep their keys: not opened")

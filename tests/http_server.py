@@ -2,6 +2,7 @@
 
 import contextlib
 import http.server
+import socket
 import threading
 import time
 from collections import Counter
@@ -16,12 +17,14 @@ class Server:
         url: address of the folder.
         faults: file name -> faults of its next GET requests, one each: "cut", "500", "wrong", "slow", "403".
         requests: number of GET requests of each file.
+        moved: file name -> address that requests for it are redirected to.
     """
 
     def __init__(self, folder: Path, faults: dict[str, list[str]]) -> None:
         self.folder = folder
         self.faults = faults
         self.requests: Counter[str] = Counter()
+        self.moved: dict[str, str] = {}
         self.url = ""
 
 
@@ -44,6 +47,12 @@ def handler_of(server: Server) -> type[http.server.BaseHTTPRequestHandler]:
             faults = server.faults.get(name, []) if body else []
             fault = faults.pop(0) if faults else ""
             server.requests[name] += body
+            if name in server.moved:
+                self.send_response(302)
+                self.send_header("Location", server.moved[name])
+                self.send_header("Content-Length", "0")
+                self.end_headers()
+                return
             if fault in ("500", "403") or not path.is_file():
                 self.send_response(int(fault) if fault else 404)
                 self.send_header("Content-Length", "0")
@@ -68,12 +77,25 @@ def handler_of(server: Server) -> type[http.server.BaseHTTPRequestHandler]:
     return Handler
 
 
+def has_ipv6() -> bool:
+    """Whether this machine can listen on ::1."""
+    with contextlib.suppress(OSError), socket.socket(socket.AF_INET6) as free:
+        free.bind(("::1", 0))
+        return True
+    return False
+
+
+class IPv6Server(http.server.ThreadingHTTPServer):
+    address_family = socket.AF_INET6
+
+
 @contextlib.contextmanager
-def serve(folder: Path, faults: dict[str, list[str]] | None = None) -> Iterator[Server]:
-    """Serves a folder while the block runs."""
+def serve(folder: Path, faults: dict[str, list[str]] | None = None, host: str = "127.0.0.1") -> Iterator[Server]:
+    """Serves a folder while the block runs; `host` may be an IPv6 address."""
     state = Server(folder, faults or {})
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler_of(state))
-    state.url = f"http://127.0.0.1:{server.server_address[1]}"
+    kind = IPv6Server if ":" in host else http.server.ThreadingHTTPServer
+    server = kind((host, 0), handler_of(state))
+    state.url = f"http://{f'[{host}]' if ':' in host else host}:{server.server_address[1]}"
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     try:

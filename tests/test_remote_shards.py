@@ -3,13 +3,15 @@
 import json
 import os
 import shutil
+import socket
 
 import pytest
-from http_server import serve
+from http_server import has_ipv6, serve
 
 from patchmill.pipeline import remote
 from patchmill.pipeline.loader import DataConfig, build_loader
 from patchmill.pipeline.masks import MaskConfig
+from patchmill.pipeline.streams import open_stream
 from photos import make_dataset
 
 SAMPLES = 24
@@ -167,6 +169,36 @@ def test_remote_data_are_shuffled_by_windows_unless_told(dataset, tmp_path):
 def test_addresses_that_are_not_opened(address, tmp_path):
     with pytest.raises(ValueError, match=r"not opened|allow_pipe"):
         open_loader(address, tmp_path, samples_per_epoch=8)
+
+
+@pytest.mark.parametrize("host", ["169.254.169.254", "[::ffff:169.254.169.254]", "[fe80::1]", "metadata.test"])
+def test_a_redirect_to_a_link_local_address_is_not_followed(dataset, tmp_path, monkeypatch, host):
+    def look_up(name, port, *args, **kwargs):
+        metadata = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (f"169.254.169.{i}", port)) for i in (254, 253)]
+        return metadata if name == "metadata.test" else getaddrinfo(name, port, *args, **kwargs)
+
+    getaddrinfo = socket.getaddrinfo
+    monkeypatch.setattr(socket, "getaddrinfo", look_up)
+    said = r"http://127\.0\.0\.1:\d+/{}: .* is a link-local address"
+    with serve(dataset) as server:
+        server.moved |= dict.fromkeys(("shard-000000.tar", "manifest.json"), f"http://{host}/latest")
+        with (
+            pytest.raises(ValueError, match=said.format(r"shard-000000\.tar")),
+            open_stream(f"{server.url}/shard-000000.tar") as tar,
+        ):
+            tar.read(1)
+        with pytest.raises(ValueError, match=said.format(r"manifest\.json")):
+            open_loader(server.url, tmp_path)
+        assert server.requests["manifest.json"] == 1  # and no second attempt
+
+
+@pytest.mark.skipif(not has_ipv6(), reason="this machine has no IPv6")
+def test_an_ipv6_address_is_an_address(dataset, expected, tmp_path):
+    with serve(dataset, host="::1") as server:
+        with open_loader(server.url, tmp_path) as loader:
+            assert contents(loader) == expected
+        with open_stream(f"{server.url}/shard-000000.tar") as tar:
+            assert tar.read(1 << 20) == (dataset / "shard-000000.tar").read_bytes()
 
 
 def test_shards_from_s3(dataset, expected, tmp_path, monkeypatch):
