@@ -1,5 +1,6 @@
 """Two ranks are one trainer: same losses, same weights, same decisions, whatever shards the model (gloo, CPU)."""
 
+import contextlib
 import dataclasses
 import json
 import time
@@ -11,6 +12,8 @@ import torch.distributed as dist
 from ranks import next_world, run_ranks
 from safetensors.torch import load_file
 
+from patchmill.pipeline.manifest import open_dataset
+from patchmill.tools import cli
 from patchmill.trainer import checkpoint, world
 from patchmill.trainer.mae import MAEOutput, MaskedAutoencoder
 from patchmill.trainer.metrics import read_lines, read_metrics
@@ -188,3 +191,21 @@ def wait_for_a_rank_that_hangs(rank, done):
 
 def test_a_rank_that_hangs_is_named_whichever_collective_notices(tmp_path):
     run_ranks(2, 3, wait_for_a_rank_that_hangs, tmp_path)
+
+
+def pretrain_on_other_data(rank, datasets, folder):
+    """The command on two ranks, whose data differ."""
+    next_world()
+    options = f"--recipe mae-tiny --device cpu --model.image-size 32 --train.global-batch 8 --out {folder / 'run'}"
+    with open(folder / f"{rank}.txt", "w", encoding="utf-8") as told, contextlib.redirect_stderr(told):
+        assert cli.run("pretrain", [*options.split(), "--data.path", str(datasets[rank])]) == 2
+
+
+def test_ranks_with_different_data_stop_with_one_error_on_each(tmp_path):
+    datasets = [make_dataset(tmp_path / str(rank), count=16 + rank) for rank in range(2)]
+    run_ranks(2, 1, pretrain_on_other_data, datasets, tmp_path)
+    first, second = (open_dataset(dataset).manifest.fingerprint() for dataset in datasets)
+    for rank in range(2):
+        told = (tmp_path / f"{rank}.txt").read_text()
+        assert f"error: the ranks do not agree (dataset: {first} on rank 0, {second} on rank 1): give" in told
+    assert not (tmp_path / "run" / "config.toml").exists()

@@ -64,6 +64,7 @@ def pretrain(config: PretrainConfig, on_progress: Callable[[Progress], None] = l
         joined_world(config.device, config.train.rank_timeout_seconds) as world,
         open_loader(config, world) as loader,
     ):
+        world.require_same(loader.fingerprint, "give every rank the same data and options")
         total_steps, run = config.train.steps(loader.steps_per_epoch), Path(config.out)
         trainee = build_trainee(config, world)
         loop = Loop(config, world, trainee, loader, total_steps)

@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -74,6 +74,26 @@ class World:
         every = [torch.empty_like(values) for _ in range(self.size)]
         dist.all_gather(every, values)
         return every
+
+    def require_same(self, facts: dict[str, Any], remedy: str) -> None:
+        """Compares plain values, by name, that all ranks must share.
+
+        Raises:
+            ValueError: on every rank, naming the ranks and what differs from the first one's.
+        """
+        if self.size == 1:
+            return
+        every: list[Any] = [None] * self.size
+        dist.all_gather_object(every, facts)
+        differing = [
+            f"{name}: {every[0].get(name)} on rank 0, {other.get(name)} on rank {rank}"
+            for rank, other in enumerate(every)
+            for name in sorted({*every[0], *other})
+            if other.get(name) != every[0].get(name)
+        ]
+        if differing:
+            more = f"; and {len(differing) - 8} more" if len(differing) > 8 else ""
+            raise ValueError(f"the ranks do not agree ({'; '.join(differing[:8])}{more}): {remedy}")
 
     def barrier(self) -> None:
         """Waits until every rank has come here."""
