@@ -210,4 +210,4 @@ def test_compiled_it_is_one_graph_for_each_size():
         grid_hw, ids = (side // 8, side // 8), torch.arange(2)
         plan = MaskPlan.draw(MaskConfig(ratio=0.5), seed=0, epoch=0, sample_ids_B=ids, grid_hw=grid_hw)
         # the compiler takes the interpolation of positions apart, which rounds in another order
-        torch.testing.assert_close(compiled(images, plan).loss, model(images, plan).loss, rtol=1e-6, atol=0)
+        torch.testing.assert_close(compiled(images, plan).loss, model(images, plan).loss, rtol=1e-5, atol=0)
