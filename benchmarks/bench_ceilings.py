@@ -22,9 +22,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from benchmarks.pages import markdown_table, write_page
 from benchmarks.steps import RECIPES
 from patchmill.kernels.permute import mask_indices
-from patchmill.tools import machine, timing
-from patchmill.trainer.config import ModelConfig
-from patchmill.trainer.recipes import get_recipe
+from patchmill.tools.profiler import machine, timing
+from patchmill.trainer.config.model import ModelConfig
+from patchmill.trainer.recipes.pretrain import get_recipe
 
 BATCHES = {"b16": 512, "l16": 256, "h14": 128, "tiny": 8}
 """images a step, as the step benchmark takes them"""

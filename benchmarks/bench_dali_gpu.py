@@ -37,15 +37,15 @@ from benchmarks.jpeg_engine import find_jpeg_engine
 from benchmarks.pages import markdown_table, write_page
 from benchmarks.pictures import training_images
 from benchmarks.steps import MASK, RECIPES, our_update
-from patchmill.pipeline import decode_dali
-from patchmill.pipeline.feed import Feeder
+from patchmill.pipeline.decode import dali as decode_dali
 from patchmill.pipeline.loader import DataConfig, Loader, build_loader
-from patchmill.tools import machine, timing
-from patchmill.tools.pack_dataset import pack_dataset
-from patchmill.tools.plan import PackOptions
-from patchmill.tools.sources import list_folder
-from patchmill.trainer.mae import MaskedAutoencoder
-from patchmill.trainer.recipes import get_recipe
+from patchmill.pipeline.plan.feed import Feeder
+from patchmill.tools.packing.listing import list_folder
+from patchmill.tools.packing.pack_dataset import pack_dataset
+from patchmill.tools.packing.plan import PackOptions
+from patchmill.tools.profiler import machine, timing
+from patchmill.trainer.model.mae import MaskedAutoencoder
+from patchmill.trainer.recipes.pretrain import get_recipe
 
 LEAST_IMAGES = 8192
 LOADS = (0.0, 0.35, 0.5, 0.65, 0.8, 0.9, 1.0)

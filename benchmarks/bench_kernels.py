@@ -22,8 +22,8 @@ from benchmarks import published_operators as published
 from benchmarks.check_kernels import check_all
 from benchmarks.pages import results_folder
 from patchmill.kernels.backend import active_backend
-from patchmill.tools import timing
-from patchmill.tools.profile_kernels import MEAN, STD, Operator, Workload
+from patchmill.tools.profiler import timing
+from patchmill.tools.profiler.kernels import MEAN, STD, Operator, Workload
 
 # Patch and image size; the encoder's width does not enter.
 MODELS = {"b16": (16, 224), "h14": (14, 224), "b16-448": (16, 448)}

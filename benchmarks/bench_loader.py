@@ -22,17 +22,17 @@ import torch
 
 from benchmarks.loaders import BATCH, LOADERS
 from benchmarks.pages import results_folder
-from patchmill.pipeline import decode_cpu
-from patchmill.pipeline.feed import Feeder
+from patchmill.pipeline.decode import cpu as decode_cpu
 from patchmill.pipeline.loader import DataConfig, Loader, build_loader
-from patchmill.pipeline.manifest import open_dataset
-from patchmill.pipeline.masks import MaskConfig
-from patchmill.pipeline.shards import ShardReader
-from patchmill.tools.beton import write_beton
-from patchmill.tools.machine import commit, processor, today, versions
-from patchmill.tools.pack_dataset import pack_dataset
-from patchmill.tools.plan import PackOptions
-from patchmill.tools.sources import list_folder
+from patchmill.pipeline.plan.feed import Feeder
+from patchmill.pipeline.plan.masks import MaskConfig
+from patchmill.pipeline.read.manifest import open_dataset
+from patchmill.pipeline.read.shards import ShardReader
+from patchmill.tools.packing.beton import write_beton
+from patchmill.tools.packing.listing import list_folder
+from patchmill.tools.packing.pack_dataset import pack_dataset
+from patchmill.tools.packing.plan import PackOptions
+from patchmill.tools.profiler.machine import commit, processor, today, versions
 
 COPIES = 8  # of a small sample, so that an epoch is not over at once; the packer stores each
 WARM_UP_IMAGES = 512

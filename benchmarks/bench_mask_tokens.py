@@ -23,13 +23,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.pages import markdown_table, write_page
 from benchmarks.steps import RECIPES, random_images
-from patchmill.pipeline.masks import MaskConfig, MaskPlan
-from patchmill.tools.machine import today
-from patchmill.tools.timing import Measured, Neighbours, environment, timed_in_turns
-from patchmill.trainer.config import ModelConfig
-from patchmill.trainer.models import build_model
-from patchmill.trainer.recipes import get_recipe
-from patchmill.trainer.world import hold_memory
+from patchmill.pipeline.plan.masks import MaskConfig, MaskPlan
+from patchmill.tools.profiler.machine import today
+from patchmill.tools.profiler.timing import Measured, Neighbours, environment, timed_in_turns
+from patchmill.trainer.config.model import ModelConfig
+from patchmill.trainer.engine.world import hold_memory
+from patchmill.trainer.model.build import build_model
+from patchmill.trainer.recipes.pretrain import get_recipe
 
 MODELS: dict[str, dict[str, Any]] = {"MAE": {}, "mask tokens in the encoder": {"encoder_mask_tokens": True}}
 OTHERS: dict[str, dict[str, Any]] = {

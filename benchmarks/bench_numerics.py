@@ -25,15 +25,15 @@ from benchmarks.pictures import training_images
 from benchmarks.published_mae import PublishedMAE
 from benchmarks.steps import MASK, RECIPES, Compiled, compile_model
 from patchmill.pipeline.batch import Batch
-from patchmill.pipeline.masks import MaskPlan
-from patchmill.tools import machine, timing
-from patchmill.trainer.config import ModelConfig
-from patchmill.trainer.cuda_graph import GraphedUpdate
-from patchmill.trainer.mae import MaskedAutoencoder
-from patchmill.trainer.optim import build_optimizer, parameter_groups
-from patchmill.trainer.recipes import get_recipe
-from patchmill.trainer.step import Guard, set_learning_rate, update
-from patchmill.trainer.world import World
+from patchmill.pipeline.plan.masks import MaskPlan
+from patchmill.tools.profiler import machine, timing
+from patchmill.trainer.config.model import ModelConfig
+from patchmill.trainer.engine.cuda_graph import GraphedUpdate
+from patchmill.trainer.engine.optim import build_optimizer, parameter_groups
+from patchmill.trainer.engine.step import Guard, set_learning_rate, update
+from patchmill.trainer.engine.world import World
+from patchmill.trainer.model.mae import MaskedAutoencoder
+from patchmill.trainer.recipes.pretrain import get_recipe
 
 PEAK_RATE, WARM_UP_STEPS = 5e-4, 30
 WINDOW = 20

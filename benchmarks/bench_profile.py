@@ -19,23 +19,24 @@ import torch
 
 from benchmarks.bench_loader import prepare
 from benchmarks.pages import results_folder
-from patchmill.tools.machine import commit, processor, today, versions
-from patchmill.tools.normalise import Policy
-from patchmill.tools.pack_dataset import pack_dataset
-from patchmill.tools.plan import PackOptions
-from patchmill.tools.profile_loader import consume, measure_loader
-from patchmill.tools.profile_model import loader_model
-from patchmill.tools.profile_remedies import measure_trials, remedies
-from patchmill.tools.profile_spans import open_loader
-from patchmill.tools.profile_step import measure_step
-from patchmill.tools.profile_train import measure_train
-from patchmill.tools.sources import list_folder
-from patchmill.tools.timing import Neighbours
-from patchmill.trainer.config import PretrainConfig
-from patchmill.trainer.metrics import Metrics, mask_token_norm, train_flops_per_image
+from patchmill.tools.packing.listing import list_folder
+from patchmill.tools.packing.normalise import Policy
+from patchmill.tools.packing.pack_dataset import pack_dataset
+from patchmill.tools.packing.plan import PackOptions
+from patchmill.tools.profiler.loader import consume, measure_loader
+from patchmill.tools.profiler.loader_bound import loader_model
+from patchmill.tools.profiler.machine import commit, processor, today, versions
+from patchmill.tools.profiler.remedies import measure_trials, remedies
+from patchmill.tools.profiler.spans import open_loader
+from patchmill.tools.profiler.step import measure_step
+from patchmill.tools.profiler.timing import Neighbours
+from patchmill.tools.profiler.train import measure_train
+from patchmill.trainer.config.pretrain import PretrainConfig
+from patchmill.trainer.engine.world import World, hold_memory
+from patchmill.trainer.flops import train_flops_per_image
+from patchmill.trainer.metrics import Metrics, mask_token_norm
 from patchmill.trainer.pretrain import build_trainee
-from patchmill.trainer.recipes import get_recipe, with_options
-from patchmill.trainer.world import World, hold_memory
+from patchmill.trainer.recipes.pretrain import get_recipe, with_options
 
 CPU = torch.device("cpu")
 BATCH = 32

@@ -25,11 +25,11 @@ import simplejpeg
 from PIL import Image
 
 from benchmarks.pages import results_folder
-from patchmill.tools.machine import commit, processor, today, versions
-from patchmill.tools.normalise import Policy
-from patchmill.tools.pack_dataset import pack_dataset
-from patchmill.tools.plan import PackOptions
-from patchmill.tools.sources import list_folder
+from patchmill.tools.packing.listing import list_folder
+from patchmill.tools.packing.normalise import Policy
+from patchmill.tools.packing.pack_dataset import pack_dataset
+from patchmill.tools.packing.plan import PackOptions
+from patchmill.tools.profiler.machine import commit, processor, today, versions
 
 SHARD_MB = 64
 SIDE, QUALITY = 224, 90

@@ -22,12 +22,12 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.pages import results_folder
 from benchmarks.steps import RECIPES, Step, ours, published, random_images
-from patchmill.tools.machine import today
-from patchmill.tools.timing import environment
-from patchmill.trainer.config import ModelConfig
+from patchmill.tools.profiler.machine import today
+from patchmill.tools.profiler.timing import environment
+from patchmill.trainer.config.model import ModelConfig
+from patchmill.trainer.engine.world import hold_memory
 from patchmill.trainer.metrics import peak_memory_gb
-from patchmill.trainer.recipes import get_recipe
-from patchmill.trainer.world import hold_memory
+from patchmill.trainer.recipes.pretrain import get_recipe
 
 CPU = torch.device("cpu")
 WARM_STEPS = 3

@@ -21,11 +21,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from benchmarks.kernel_profile import Profile, profile_lines, profile_step
 from benchmarks.pages import markdown_table, write_page
 from benchmarks.steps import MASK, RECIPES, Compiled, Step, ours, published, random_images
-from patchmill.tools import machine, timing
-from patchmill.trainer.config import ModelConfig
-from patchmill.trainer.cuda_graph import EAGER_STEPS
-from patchmill.trainer.metrics import device_peak, peak_memory_gb, train_flops_per_image
-from patchmill.trainer.recipes import get_recipe
+from patchmill.tools.profiler import machine, timing
+from patchmill.trainer.config.model import ModelConfig
+from patchmill.trainer.engine.cuda_graph import EAGER_STEPS
+from patchmill.trainer.flops import device_peak, train_flops_per_image
+from patchmill.trainer.metrics import peak_memory_gb
+from patchmill.trainer.recipes.pretrain import get_recipe
 
 WARM_STEPS = EAGER_STEPS + 2
 """a captured update is captured in the step after its eager ones"""

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from patchmill.pipeline.feed import Feeder
+from patchmill.pipeline.plan.feed import Feeder
 
 SIDE = 224
 BATCHES_IN_MEMORY = 8

@@ -25,7 +25,7 @@ from typing import NamedTuple
 import torch
 
 from benchmarks.pages import results_folder
-from patchmill.tools import machine
+from patchmill.tools.profiler import machine
 
 ROOT = Path(__file__).parent.parent
 TOTAL_SECONDS = 530.0

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from patchmill.trainer.config import ModelConfig
+from patchmill.trainer.config.model import ModelConfig
 
 # The first kind that a part of a kernel's name belongs to; attention kernels are called after their products too.
 KINDS: tuple[tuple[str, tuple[str, ...]], ...] = (

@@ -14,14 +14,14 @@ from torch import Tensor, nn
 
 from benchmarks.published_mae import PublishedMAE
 from patchmill.pipeline.batch import Batch
-from patchmill.pipeline.masks import MaskConfig, MaskPlan
-from patchmill.trainer.config import ModelConfig
-from patchmill.trainer.cuda_graph import EAGER_STEPS, GraphedUpdate
-from patchmill.trainer.mae import MaskedAutoencoder
-from patchmill.trainer.optim import build_optimizer, parameter_groups
-from patchmill.trainer.recipes import get_recipe
-from patchmill.trainer.step import Guard, StepValues, set_learning_rate, update
-from patchmill.trainer.world import World
+from patchmill.pipeline.plan.masks import MaskConfig, MaskPlan
+from patchmill.trainer.config.model import ModelConfig
+from patchmill.trainer.engine.cuda_graph import EAGER_STEPS, GraphedUpdate
+from patchmill.trainer.engine.optim import build_optimizer, parameter_groups
+from patchmill.trainer.engine.step import Guard, StepValues, set_learning_rate, update
+from patchmill.trainer.engine.world import World
+from patchmill.trainer.model.mae import MaskedAutoencoder
+from patchmill.trainer.recipes.pretrain import get_recipe
 
 RECIPES = {"b16": "mae-vit-b16", "l16": "mae-vit-l16", "h14": "mae-vit-h14", "tiny": "mae-tiny"}
 MASK = MaskConfig()

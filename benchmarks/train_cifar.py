@@ -20,22 +20,21 @@ from typing import Any
 import torch
 
 from benchmarks.pages import markdown_table, results_folder, write_page
-from patchmill.pipeline.data_config import DataConfig
-from patchmill.pipeline.manifest import open_dataset
-from patchmill.tools import machine, timing
-from patchmill.tools.pack_dataset import pack_dataset
-from patchmill.tools.plan import PackOptions
-from patchmill.tools.sources import list_folder
-from patchmill.trainer.checkpoint import load_model
-from patchmill.trainer.config import PretrainConfig
-from patchmill.trainer.evaluate import OnlineEvaluation
+from patchmill.pipeline.config import DataConfig
+from patchmill.pipeline.read.manifest import open_dataset
+from patchmill.tools.packing.listing import list_folder
+from patchmill.tools.packing.pack_dataset import pack_dataset
+from patchmill.tools.packing.plan import PackOptions
+from patchmill.tools.profiler import machine, timing
+from patchmill.trainer.checkpoints.checkpoint import load_model
+from patchmill.trainer.config.pretrain import OnlineEvalConfig, PretrainConfig
+from patchmill.trainer.engine.world import World, autocast_dtype
+from patchmill.trainer.evaluate.online import OnlineEvaluation
 from patchmill.trainer.metrics import read_metrics
-from patchmill.trainer.models import build_model
-from patchmill.trainer.online_config import OnlineEvalConfig
+from patchmill.trainer.model.build import build_model
+from patchmill.trainer.model.vit import VisionTransformer
 from patchmill.trainer.pretrain import pretrain
-from patchmill.trainer.recipes import get_recipe, with_options
-from patchmill.trainer.vit import VisionTransformer
-from patchmill.trainer.world import World, autocast_dtype
+from patchmill.trainer.recipes.pretrain import get_recipe, with_options
 
 METHODS = {"MAE": 0.0, "U-MAE": 0.01}
 """weight of the uniformity term (Zhang et al. 2022)"""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from patchmill.pipeline.masks import MaskPlan
+from patchmill.pipeline.plan.masks import MaskPlan
 
 
 @dataclass(frozen=True)

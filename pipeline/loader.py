@@ -21,16 +21,16 @@ import torch
 from torch import Tensor
 
 from patchmill.pipeline.batch import Batch
-from patchmill.pipeline.colour import jitter, jitter_factors
-from patchmill.pipeline.data_config import DataConfig as DataConfig
-from patchmill.pipeline.decode_cpu import CpuDecoder
-from patchmill.pipeline.decode_dali import DaliDecoder
-from patchmill.pipeline.decode_resident import ResidentDecoder
-from patchmill.pipeline.feed import StepPlan
-from patchmill.pipeline.masks import MaskConfig, MaskPlan
-from patchmill.pipeline.prefetch import Prefetcher
-from patchmill.pipeline.source import open_feeder
-from patchmill.pipeline.stream_wds import AnyFeeder
+from patchmill.pipeline.config import DataConfig as DataConfig
+from patchmill.pipeline.decode.colour import jitter, jitter_factors
+from patchmill.pipeline.decode.cpu import CpuDecoder
+from patchmill.pipeline.decode.dali import DaliDecoder
+from patchmill.pipeline.decode.resident import ResidentDecoder
+from patchmill.pipeline.plan.feed import StepPlan
+from patchmill.pipeline.plan.masks import MaskConfig, MaskPlan
+from patchmill.pipeline.plan.open_data import open_feeder
+from patchmill.pipeline.plan.stream import AnyFeeder
+from patchmill.pipeline.read.threads import Prefetcher
 
 Decoder = CpuDecoder | DaliDecoder | ResidentDecoder
 

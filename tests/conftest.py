@@ -22,7 +22,7 @@ def _poison_empty_tensors() -> Iterator[None]:
 @pytest.fixture
 def ffcv() -> None:
     """Skips the test where the extra `ffcv` is not installed; imports it without its effect on torch's threads."""
-    from patchmill.tools.beton import import_ffcv
+    from patchmill.tools.packing.beton import import_ffcv
 
     try:
         import_ffcv()

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 
 from benchmarks.kernel_profile import kind_of, profile_lines, summarise
-from patchmill.trainer.config import ModelConfig
+from patchmill.trainer.config.model import ModelConfig
 
 CPU, CUDA = SimpleNamespace(name="CPU"), SimpleNamespace(name="CUDA")
 

@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_checkpoint_files import GUARD, save, trained_pair
 
-from patchmill.trainer import checkpoint
+from patchmill.trainer.checkpoints import checkpoint
 
 EVERY = 997
 

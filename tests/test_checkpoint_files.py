@@ -7,11 +7,12 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from patchmill.trainer import checkpoint
-from patchmill.trainer.config import ModelConfig, OptimConfig
-from patchmill.trainer.mae import MaskedAutoencoder
-from patchmill.trainer.optim import build_optimizer
-from patchmill.trainer.step import Guard
+from patchmill.trainer.checkpoints import checkpoint
+from patchmill.trainer.config.model import ModelConfig
+from patchmill.trainer.config.pretrain import OptimConfig
+from patchmill.trainer.engine.optim import build_optimizer
+from patchmill.trainer.engine.step import Guard
+from patchmill.trainer.model.mae import MaskedAutoencoder
 
 TINY = ModelConfig(
     image_size=32,

@@ -5,10 +5,11 @@ import dataclasses
 import pytest
 
 from patchmill.tools.pretrain import parse
-from patchmill.trainer.config import ModelConfig, PretrainConfig
-from patchmill.trainer.config_file import from_toml, to_toml
-from patchmill.trainer.metrics import train_flops_per_image
-from patchmill.trainer.recipes import RECIPES, get_recipe, with_options
+from patchmill.trainer.config.model import ModelConfig
+from patchmill.trainer.config.pretrain import PretrainConfig
+from patchmill.trainer.config.toml import from_toml, to_toml
+from patchmill.trainer.flops import train_flops_per_image
+from patchmill.trainer.recipes.pretrain import RECIPES, get_recipe, with_options
 
 
 @pytest.mark.parametrize("name", RECIPES)

@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageOps
-from raw_dataset import make_raw_dataset
 
-from patchmill.pipeline.decode_cpu import INTERPOLATIONS
-from patchmill.pipeline.images import decode_image, displayed_size, is_plain
+from patchmill.pipeline.decode.cpu import INTERPOLATIONS
 from patchmill.pipeline.loader import DataConfig, build_loader
-from patchmill.pipeline.masks import MaskConfig
-from patchmill.pipeline.tiff import write_tiff
-from photos import jpeg, make_dataset, photo_crop
+from patchmill.pipeline.plan.masks import MaskConfig
+from patchmill.pipeline.read.image import decode_image, displayed_size, is_plain
+from patchmill.pipeline.read.tiff import write_tiff
+from tests.support.photos import jpeg, make_dataset, photo_crop
+from tests.support.raw_dataset import make_raw_dataset
 
 DECODERS = ("cpu", "dali")
 SIDE = 64

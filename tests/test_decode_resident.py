@@ -5,11 +5,11 @@ import pytest
 import torch
 from test_loader_faults import flip_a_bit
 
-from patchmill.pipeline.decode_cpu import INTERPOLATIONS
-from patchmill.pipeline.decode_resident import filter_weights
+from patchmill.pipeline.decode.cpu import INTERPOLATIONS
+from patchmill.pipeline.decode.resident import filter_weights
 from patchmill.pipeline.loader import DataConfig, build_loader
-from patchmill.pipeline.masks import MaskConfig
-from photos import make_dataset
+from patchmill.pipeline.plan.masks import MaskConfig
+from tests.support.photos import make_dataset
 
 COUNT = 24
 
@@ -102,7 +102,7 @@ def test_a_stream_is_refused(dataset):
 
 
 def test_what_needs_too_much_memory_is_refused(dataset, monkeypatch):
-    monkeypatch.setattr("patchmill.pipeline.decode_resident.MAX_BYTES", COUNT * 48 * 48 * 3 - 1)
+    monkeypatch.setattr("patchmill.pipeline.decode.resident.MAX_BYTES", COUNT * 48 * 48 * 3 - 1)
     with pytest.raises(ValueError, match="GiB of images"):
         open_loader(dataset, "resident")
 

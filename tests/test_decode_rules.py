@@ -8,10 +8,12 @@ import zlib
 
 import numpy as np
 import pytest
-from faults import exif, with_exif
 from PIL import Image, TiffImagePlugin
 
-from patchmill.pipeline.image_headers import (
+from patchmill.pipeline.loader import DataConfig, build_loader
+from patchmill.pipeline.plan.masks import MaskConfig
+from patchmill.pipeline.read.image import decode_image, displayed_size, is_plain
+from patchmill.pipeline.read.image_headers import (
     RAW_PROFILE,
     UPRIGHT,
     Orientation,
@@ -19,17 +21,15 @@ from patchmill.pipeline.image_headers import (
     jpeg_orientation,
     png_orientation,
 )
-from patchmill.pipeline.images import decode_image, displayed_size, is_plain
-from patchmill.pipeline.loader import DataConfig, build_loader
-from patchmill.pipeline.manifest import QUARANTINE_NAME, open_dataset
-from patchmill.pipeline.masks import MaskConfig
-from patchmill.pipeline.tiff import write_tiff
-from patchmill.tools.normalise import Policy, normalise
-from patchmill.tools.pack_dataset import pack_dataset
-from patchmill.tools.sources import list_folder
-from patchmill.tools.strict_decode import Rejected
+from patchmill.pipeline.read.manifest import QUARANTINE_NAME, open_dataset
+from patchmill.pipeline.read.tiff import write_tiff
+from patchmill.tools.packing.listing import list_folder
+from patchmill.tools.packing.normalise import Policy, normalise
+from patchmill.tools.packing.pack_dataset import pack_dataset
+from patchmill.tools.packing.strict_decode import Rejected
 from patchmill.tools.verify import verify
-from photos import jpeg, photograph
+from tests.support.faults import exif, with_exif
+from tests.support.photos import jpeg, photograph
 
 DECODERS = ("cpu", "dali")
 SIDE = 64

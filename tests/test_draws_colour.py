@@ -5,10 +5,10 @@ import pytest
 import torch
 from PIL import Image, ImageEnhance
 
-from patchmill.pipeline.colour import jitter, jitter_factors
+from patchmill.pipeline.decode.colour import jitter, jitter_factors
 from patchmill.pipeline.loader import DataConfig, build_loader
-from patchmill.pipeline.masks import MaskConfig
-from photos import make_dataset
+from patchmill.pipeline.plan.masks import MaskConfig
+from tests.support.photos import make_dataset
 
 
 def test_factors_are_uniform_and_belong_to_the_sample():

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from patchmill.kernels.philox import STREAM_CROP, draw_numpy
-from patchmill.pipeline.draws import crop_windows, flips, framed_windows
+from patchmill.pipeline.plan.draws import crop_windows, flips, framed_windows
 
 GOLDEN = Path(__file__).parent / "golden"
 CASES = [

@@ -7,9 +7,9 @@ import pytest
 import torch
 from PIL import Image, ImageEnhance, ImageOps
 
-from patchmill.trainer import augment
-from patchmill.trainer.eval_config import AugmentConfig
-from photos import photo_crop
+from patchmill.trainer.config.evaluate import AugmentConfig
+from patchmill.trainer.evaluate import augment
+from tests.support.photos import photo_crop
 
 LEVEL = 0.9
 

@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from patchmill.trainer.evaluate import fit_logistic
-from patchmill.trainer.knn import FeatureTable, knn_scores
+from patchmill.trainer.evaluate.knn import FeatureTable, knn_scores
+from patchmill.trainer.evaluate.online import fit_logistic
 
 
 def test_votes_by_hand():
@@ -24,7 +24,7 @@ def test_blocks_of_the_similarity_matrix_do_not_show(monkeypatch):
     train = FeatureTable(torch.randn(50, 8, generator=generator), torch.arange(50) % 4)
     test = torch.randn(33, 8, generator=generator)
     whole = knn_scores(train, test, (5,), 0.07, 4)[5]
-    monkeypatch.setattr("patchmill.trainer.knn.SIMILARITIES", 50 * 4)
+    monkeypatch.setattr("patchmill.trainer.evaluate.knn.SIMILARITIES", 50 * 4)
     torch.testing.assert_close(knn_scores(train, test, (5,), 0.07, 4)[5], whole)
     assert torch.equal(knn_scores(train, train.features, (1,), 0.07, 4)[1].argmax(1), train.labels)
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from patchmill.trainer.lars import Lars
+from patchmill.trainer.evaluate.lars import Lars
 
 
 def parameter(values, gradient):

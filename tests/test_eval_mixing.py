@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from patchmill.trainer.eval_config import AugmentConfig
-from patchmill.trainer.mixing import Mix, cut_box, draw_mix, mix_images, mix_labels, soft_cross_entropy
+from patchmill.trainer.config.evaluate import AugmentConfig
+from patchmill.trainer.evaluate.mixup import Mix, cut_box, draw_mix, mix_images, mix_labels, soft_cross_entropy
 
 IMAGES = torch.stack([torch.full((1, 4, 4), 1.0), torch.full((1, 4, 4), 5.0)])
 

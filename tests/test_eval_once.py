@@ -5,20 +5,20 @@ import json
 import numpy as np
 import pytest
 import torch
-from eval_setup import make_setup
-from small_models import TINY
 
-from patchmill.pipeline.data_config import DataConfig
-from patchmill.pipeline.manifest import open_dataset
+from patchmill.pipeline.config import DataConfig
+from patchmill.pipeline.read.manifest import open_dataset
 from patchmill.tools import evaluate
-from patchmill.trainer.classifier import Classifier
-from patchmill.trainer.encoder import Encoder
-from patchmill.trainer.eval_config import TestConfig
-from patchmill.trainer.evaluate import classify
-from patchmill.trainer.labelled import class_columns, each_once, open_labelled, to_test_classes
-from patchmill.trainer.mae import MaskedAutoencoder
-from patchmill.trainer.world import World
-from photos import make_dataset
+from patchmill.trainer.config.evaluate import TestConfig
+from patchmill.trainer.engine.world import World
+from patchmill.trainer.evaluate.classifier import Classifier
+from patchmill.trainer.evaluate.classify import classify
+from patchmill.trainer.evaluate.labelled import class_columns, each_once, open_labelled, to_test_classes
+from patchmill.trainer.model.encoder import Encoder
+from patchmill.trainer.model.mae import MaskedAutoencoder
+from tests.support.eval_setup import make_setup
+from tests.support.photos import make_dataset
+from tests.support.small_models import TINY
 
 ALONE = World(0, 1, torch.device("cpu"))
 

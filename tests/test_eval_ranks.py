@@ -5,26 +5,27 @@ import json
 
 import pytest
 import torch
-from eval_setup import finetune_config, make_setup, probe_config, where
-from ranks import next_world, run_ranks
 from safetensors.torch import load_file
-from small_models import TINY
 
-from patchmill.pipeline.data_config import DataConfig
-from patchmill.pipeline.manifest import open_dataset
-from patchmill.trainer.classifier import Classifier, RankBatchNorm
-from patchmill.trainer.encoder import Encoder
-from patchmill.trainer.eval_config import KnnConfig, TestConfig
-from patchmill.trainer.eval_state import FINISHED, save_classifier
-from patchmill.trainer.evaluate import OnlineEvaluation, evaluate_classifier
-from patchmill.trainer.finetune import run_finetune
-from patchmill.trainer.knn import run_knn
-from patchmill.trainer.mae import MaskedAutoencoder
-from patchmill.trainer.online_config import OnlineEvalConfig
-from patchmill.trainer.probe import run_probe
-from patchmill.trainer.subject import open_subject
-from patchmill.trainer.weight_files import config_json
-from patchmill.trainer.world import joined_world
+from patchmill.pipeline.config import DataConfig
+from patchmill.pipeline.read.manifest import open_dataset
+from patchmill.trainer.checkpoints.files import config_json
+from patchmill.trainer.config.evaluate import KnnConfig, TestConfig
+from patchmill.trainer.config.pretrain import OnlineEvalConfig
+from patchmill.trainer.engine.world import joined_world
+from patchmill.trainer.evaluate.classifier import Classifier, RankBatchNorm
+from patchmill.trainer.evaluate.classify import evaluate_classifier
+from patchmill.trainer.evaluate.encoder_source import open_subject
+from patchmill.trainer.evaluate.finetune import run_finetune
+from patchmill.trainer.evaluate.knn import run_knn
+from patchmill.trainer.evaluate.online import OnlineEvaluation
+from patchmill.trainer.evaluate.probe import run_probe
+from patchmill.trainer.evaluate.state import FINISHED, save_classifier
+from patchmill.trainer.model.encoder import Encoder
+from patchmill.trainer.model.mae import MaskedAutoencoder
+from tests.support.eval_setup import finetune_config, make_setup, probe_config, where
+from tests.support.ranks import next_world, run_ranks
+from tests.support.small_models import TINY
 
 PARTS = 10
 """batches of ten on two ranks: 21 images leave nine places of the last batch empty"""

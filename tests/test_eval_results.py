@@ -3,12 +3,12 @@
 import json
 
 import pytest
-from eval_setup import files_of, make_setup
 from PIL import Image
 
 from patchmill.tools import cli
 from patchmill.tools.results import gather, to_markdown
-from patchmill.trainer.eval_recipes import FINETUNE_RECIPES, PROBE_RECIPES
+from patchmill.trainer.recipes.evaluate import FINETUNE_RECIPES, PROBE_RECIPES
+from tests.support.eval_setup import files_of, make_setup
 
 
 @pytest.fixture(scope="module")

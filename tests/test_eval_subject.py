@@ -4,15 +4,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_models import TINY, random_checkpoint
 
-from patchmill.trainer.checkpoint import find_model_file
-from patchmill.trainer.eval_config import SubjectConfig
-from patchmill.trainer.interop import write_checkpoint
+from patchmill.trainer.checkpoints.checkpoint import find_model_file
+from patchmill.trainer.checkpoints.interop import write_checkpoint
+from patchmill.trainer.config.evaluate import SubjectConfig
+from patchmill.trainer.evaluate.encoder_source import default_out, open_subject
 from patchmill.trainer.pretrain import pretrain
-from patchmill.trainer.recipes import get_recipe, with_options
-from patchmill.trainer.subject import default_out, open_subject
-from photos import make_dataset
+from patchmill.trainer.recipes.pretrain import get_recipe, with_options
+from tests.support.photos import make_dataset
+from tests.support.small_models import TINY, random_checkpoint
 
 
 def test_a_runs_newest_checkpoint_and_its_origin(tmp_path):

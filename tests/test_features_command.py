@@ -7,16 +7,16 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
-from small_models import TINY, random_checkpoint
 
-from patchmill.pipeline.data_config import DataConfig
+from patchmill.pipeline.config import DataConfig
 from patchmill.pipeline.loader import build_loader
-from patchmill.pipeline.manifest import open_dataset
-from patchmill.pipeline.masks import MaskConfig
+from patchmill.pipeline.plan.masks import MaskConfig
+from patchmill.pipeline.read.manifest import open_dataset
 from patchmill.tools import cli
-from patchmill.trainer.interop import build_encoder, write_checkpoint
-from patchmill.trainer.state_names import to_format
-from photos import make_dataset
+from patchmill.trainer.checkpoints.interop import build_encoder, write_checkpoint
+from patchmill.trainer.checkpoints.names import to_format
+from tests.support.photos import make_dataset
+from tests.support.small_models import TINY, random_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +124,7 @@ def test_a_bad_sample_has_no_features(kind, checkpoint, expected, tmp_path, caps
 
 @pytest.mark.parametrize("kind", ["safetensors", "parquet"])
 def test_a_run_that_fails_leaves_nothing(kind, checkpoint, dataset, tmp_path, monkeypatch):
-    from patchmill.trainer.encoder import Encoder
+    from patchmill.trainer.model.encoder import Encoder
 
     monkeypatch.setattr(Encoder, "forward", lambda self, images: (_ for _ in ()).throw(OSError("the disk is full")))
     assert features(checkpoint, dataset, tmp_path / f"f.{kind}") == 2

@@ -6,14 +6,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from small_models import B16, TINY
 
-from patchmill.trainer.classifier import Classifier, path_scales
-from patchmill.trainer.config import OptimConfig
-from patchmill.trainer.encoder import Encoder
-from patchmill.trainer.eval_config import FinetuneConfig, Pool
-from patchmill.trainer.finetune import build_optimizer
-from patchmill.trainer.mae import MaskedAutoencoder
+from patchmill.trainer.config.evaluate import FinetuneConfig, Pool
+from patchmill.trainer.config.pretrain import OptimConfig
+from patchmill.trainer.evaluate.classifier import Classifier, path_scales
+from patchmill.trainer.evaluate.finetune import build_optimizer
+from patchmill.trainer.model.encoder import Encoder
+from patchmill.trainer.model.mae import MaskedAutoencoder
+from tests.support.small_models import B16, TINY
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "layer_decay.json").read_text())
 

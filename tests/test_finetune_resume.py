@@ -10,16 +10,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from eval_setup import files_of, finetune_config, make_setup, probe_config
 from safetensors.torch import load_file
 
-from patchmill.trainer import fit as fit_module
-from patchmill.trainer.config_file import read_toml
-from patchmill.trainer.eval_config import FinetuneConfig
-from patchmill.trainer.eval_state import FINISHED, STATE
-from patchmill.trainer.evaluate import load_classifier
-from patchmill.trainer.finetune import finetune, sweep
-from patchmill.trainer.probe import probe
+from patchmill.trainer.config.evaluate import FinetuneConfig
+from patchmill.trainer.config.toml import read_toml
+from patchmill.trainer.evaluate import fit as fit_module
+from patchmill.trainer.evaluate.classify import load_classifier
+from patchmill.trainer.evaluate.finetune import finetune, sweep
+from patchmill.trainer.evaluate.probe import probe
+from patchmill.trainer.evaluate.state import FINISHED, STATE
+from tests.support.eval_setup import files_of, finetune_config, make_setup, probe_config
 
 ROOT = Path(__file__).parent.parent
 DONE = ["classifier.safetensors", "config.toml", "confusion.json", "confusion.png", "curve.png", "results.json"]
@@ -46,7 +46,7 @@ class StopAt:
 
     def __init__(self, monkeypatch, module, step):
         self.names, self.step = [], step
-        monkeypatch.setattr(f"patchmill.trainer.{module}.stop_on_signals", self)
+        monkeypatch.setattr(f"patchmill.trainer.evaluate.{module}.stop_on_signals", self)
 
     def __call__(self):
         return self

@@ -11,10 +11,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from patchmill.pipeline.masks import MaskPlan
-from patchmill.trainer.config import ModelConfig, OptimConfig
-from patchmill.trainer.mae import MaskedAutoencoder
-from patchmill.trainer.optim import build_optimizer, is_decayed
+from patchmill.pipeline.plan.masks import MaskPlan
+from patchmill.trainer.config.model import ModelConfig
+from patchmill.trainer.config.pretrain import OptimConfig
+from patchmill.trainer.engine.optim import build_optimizer, is_decayed
+from patchmill.trainer.model.mae import MaskedAutoencoder
 
 GOLDEN = Path(__file__).parent / "golden"
 CASES = [(name, target) for name in ("mae_tiny_p16", "mae_tiny_p14") for target in ("pix", "norm_pix")]

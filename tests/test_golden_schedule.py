@@ -7,9 +7,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from patchmill.trainer.config import OptimConfig
-from patchmill.trainer.optim import layer_scale, learning_rate
-from patchmill.trainer.vit import sincos_positions
+from patchmill.trainer.config.pretrain import OptimConfig
+from patchmill.trainer.engine.optim import layer_scale, learning_rate
+from patchmill.trainer.model.vit import sincos_positions
 
 GOLDEN = Path(__file__).parent / "golden"
 

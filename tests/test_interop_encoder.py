@@ -5,17 +5,18 @@ import json
 
 import pytest
 import torch
-from small_models import TINY, WIDE, random_checkpoint
 
-from patchmill.tools import cli, onnx_export
-from patchmill.trainer.checkpoint import Snapshot, write
-from patchmill.trainer.config import PretrainConfig
-from patchmill.trainer.config_file import to_toml
-from patchmill.trainer.encoder import Encoder
-from patchmill.trainer.interop import build_encoder, load_encoder, write_checkpoint
-from patchmill.trainer.mae import MaskedAutoencoder
-from patchmill.trainer.recipes import with_options
-from patchmill.trainer.weight_files import config_json
+from patchmill.tools import cli
+from patchmill.trainer.checkpoints import onnx_export
+from patchmill.trainer.checkpoints.checkpoint import Snapshot, write
+from patchmill.trainer.checkpoints.files import config_json
+from patchmill.trainer.checkpoints.interop import build_encoder, load_encoder, write_checkpoint
+from patchmill.trainer.config.pretrain import PretrainConfig
+from patchmill.trainer.config.toml import to_toml
+from patchmill.trainer.model.encoder import Encoder
+from patchmill.trainer.model.mae import MaskedAutoencoder
+from patchmill.trainer.recipes.pretrain import with_options
+from tests.support.small_models import TINY, WIDE, random_checkpoint
 
 # large enough that the exporter keeps the class token and the positions apart instead of folding them into a constant
 LARGER = dataclasses.replace(WIDE, image_size=(64, 96))

@@ -8,14 +8,14 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from small_models import B16, TINY, WIDE, random_checkpoint, same_bits, windows
 
 from patchmill.tools import cli
-from patchmill.tools.export_files import write_files
-from patchmill.trainer.checkpoint import load_model
-from patchmill.trainer.interop import load_encoder, read_checkpoint, write_checkpoint
-from patchmill.trainer.model_shape import Hints
-from patchmill.trainer.state_names import encoder_only, to_format
+from patchmill.trainer.checkpoints.checkpoint import load_model
+from patchmill.trainer.checkpoints.export import write_files
+from patchmill.trainer.checkpoints.infer import Hints
+from patchmill.trainer.checkpoints.interop import load_encoder, read_checkpoint, write_checkpoint
+from patchmill.trainer.checkpoints.names import encoder_only, to_format
+from tests.support.small_models import B16, TINY, WIDE, random_checkpoint, same_bits, windows
 
 FORMATS = ("patchmill", "mae", "timm", "hf", "detectron2", "mmseg")
 WHOLE = ("patchmill", "mae", "hf")

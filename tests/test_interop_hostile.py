@@ -9,12 +9,12 @@ import random
 import pytest
 import torch
 from safetensors.torch import save_file
-from small_models import TINY, random_checkpoint
 
 from patchmill.tools import cli
-from patchmill.trainer.interop import load_encoder, read_checkpoint, write_checkpoint
-from patchmill.trainer.model_shape import Hints
-from patchmill.trainer.weight_files import config_json, write_pth
+from patchmill.trainer.checkpoints.files import config_json, write_pth
+from patchmill.trainer.checkpoints.infer import Hints
+from patchmill.trainer.checkpoints.interop import load_encoder, read_checkpoint, write_checkpoint
+from tests.support.small_models import TINY, random_checkpoint
 
 HINTS = Hints(num_heads=4, decoder_num_heads=2, norm_pix_loss=False)
 

@@ -4,9 +4,9 @@ import re
 
 import pytest
 import torch
-from small_models import B16, H14, L16, TINY, random_checkpoint, same_bits, windows
 
-from patchmill.trainer.state_names import encoder_only, from_format, recognise, to_format
+from patchmill.trainer.checkpoints.names import encoder_only, from_format, recognise, to_format
+from tests.support.small_models import B16, H14, L16, TINY, random_checkpoint, same_bits, windows
 
 FORMATS = ("mae", "timm", "hf", "detectron2", "mmseg")
 # what a block of one layer is called on the hub (transformers 4), read off facebook/vit-mae-base's layout

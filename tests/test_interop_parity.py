@@ -13,15 +13,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_models import TINY, random_checkpoint, same_bits
 
-from patchmill.pipeline.masks import MaskPlan
-from patchmill.tools.export_files import write_files
+from patchmill.pipeline.plan.masks import MaskPlan
 from patchmill.tools.model_card import Provenance, write_card
-from patchmill.trainer.interop import Checkpoint, build_encoder, read_checkpoint, resized
-from patchmill.trainer.mae import MaskedAutoencoder
-from patchmill.trainer.model_shape import Hints
-from patchmill.trainer.resize import interpolate_positions
+from patchmill.trainer.checkpoints.export import write_files
+from patchmill.trainer.checkpoints.infer import Hints
+from patchmill.trainer.checkpoints.interop import Checkpoint, build_encoder, read_checkpoint, resized
+from patchmill.trainer.model.mae import MaskedAutoencoder
+from patchmill.trainer.model.resize_weights import interpolate_positions
+from tests.support.small_models import TINY, random_checkpoint, same_bits
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed (docs/interchange.md)")
 

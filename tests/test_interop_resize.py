@@ -5,12 +5,12 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from small_models import H14, TINY, random_checkpoint, same_bits
 
-from patchmill.trainer.config import ModelConfig
-from patchmill.trainer.interop import build_encoder, resized
-from patchmill.trainer.mae import MaskedAutoencoder
-from patchmill.trainer.resize import interpolate_positions
+from patchmill.trainer.checkpoints.interop import build_encoder, resized
+from patchmill.trainer.config.model import ModelConfig
+from patchmill.trainer.model.mae import MaskedAutoencoder
+from patchmill.trainer.model.resize_weights import interpolate_positions
+from tests.support.small_models import H14, TINY, random_checkpoint, same_bits
 
 
 def cubic_weights(old, new):

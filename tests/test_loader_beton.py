@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from patchmill.pipeline.beton_ffcv import BetonReader
-from patchmill.pipeline.images import decode_image
 from patchmill.pipeline.loader import DataConfig, build_loader
-from patchmill.pipeline.masks import MaskConfig
-from patchmill.pipeline.shards import BadSample
-from photos import make_dataset, photo_crop
+from patchmill.pipeline.plan.masks import MaskConfig
+from patchmill.pipeline.read.beton import BetonReader
+from patchmill.pipeline.read.image import decode_image
+from patchmill.pipeline.read.shards import BadSample
+from tests.support.photos import make_dataset, photo_crop
 
 # 12 crops of the photograph `coffee` (photo_crop, seed 0, sides 40 to 90), by FFCV's DatasetWriter with
 # RGBImageField(write_mode="smart", smart_threshold=9000, jpeg_quality=90), a FloatField and an IntField: small ones are
@@ -119,8 +119,8 @@ def test_a_missing_file_names_the_remedy(tmp_path):
 
 def test_a_converted_dataset_gives_the_same_batches(ffcv, tmp_path):
     """What `patchmill convert` writes keeps the JPEGs' bytes, so that even the pixels agree."""
-    from patchmill.pipeline.manifest import open_dataset
-    from patchmill.tools.beton import write_beton
+    from patchmill.pipeline.read.manifest import open_dataset
+    from patchmill.tools.packing.beton import write_beton
 
     dataset = make_dataset(tmp_path, count=SAMPLES, sides=(40, 90))
     write_beton(open_dataset(dataset), tmp_path / "photos.beton")
@@ -130,7 +130,8 @@ def test_a_converted_dataset_gives_the_same_batches(ffcv, tmp_path):
 
 def test_importing_ffcv_leaves_torch_its_threads(ffcv):
     """Checked in a process that has not imported it yet: FFCV alone sets them to one."""
-    script = "import torch; torch.set_num_threads(2); from patchmill.tools.beton import import_ffcv; import_ffcv()"
+    script = "import torch; torch.set_num_threads(2); "
+    script += "from patchmill.tools.packing.beton import import_ffcv; import_ffcv()"
     check = "; assert torch.get_num_threads() == 2, torch.get_num_threads()"
     root = Path(__file__).parent.parent
     subprocess.run([sys.executable, "-c", script + check], check=True, cwd=root)

@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from raw_dataset import make_raw_dataset
 
 from patchmill.pipeline.loader import DataConfig, build_loader
-from patchmill.pipeline.manifest import open_dataset
-from patchmill.pipeline.masks import MaskConfig
-from patchmill.pipeline.shards import ShardReader
-from photos import jpeg, make_dataset, photo_crop
+from patchmill.pipeline.plan.masks import MaskConfig
+from patchmill.pipeline.read.manifest import open_dataset
+from patchmill.pipeline.read.shards import ShardReader
+from tests.support.photos import jpeg, make_dataset, photo_crop
+from tests.support.raw_dataset import make_raw_dataset
 
 DECODERS = ("cpu", "dali")
 SAMPLES = 24

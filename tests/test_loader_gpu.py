@@ -14,10 +14,10 @@ pytest.importorskip("skimage", reason="its photographs are the test images")
 pytest.importorskip("dacite", reason="a run writes its config with it")
 
 from patchmill.pipeline.loader import BatchMaker, DataConfig, build_loader
-from patchmill.pipeline.masks import MaskConfig
+from patchmill.pipeline.plan.masks import MaskConfig
 from patchmill.trainer.pretrain import pretrain
-from patchmill.trainer.recipes import get_recipe, with_options
-from photos import make_dataset
+from patchmill.trainer.recipes.pretrain import get_recipe, with_options
+from tests.support.photos import make_dataset
 
 pytestmark = pytest.mark.gpu
 MOST_LEVELS = 2.0

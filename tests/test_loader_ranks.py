@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed
-from ranks import next_world, run_ranks
 
 from patchmill.pipeline.loader import DataConfig, build_loader
-from patchmill.pipeline.masks import MaskConfig
-from photos import make_dataset
+from patchmill.pipeline.plan.masks import MaskConfig
+from tests.support.photos import make_dataset
+from tests.support.ranks import next_world, run_ranks
 
 
 def open_loader(path, rank=0, world=1, decoder="cpu"):

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from patchmill.pipeline.loader import DataConfig, build_loader
-from patchmill.pipeline.masks import MaskConfig
-from photos import make_dataset
+from patchmill.pipeline.plan.masks import MaskConfig
+from tests.support.photos import make_dataset
 
 SAMPLES, BATCH = 22, 8
 

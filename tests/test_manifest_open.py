@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from patchmill.pipeline.manifest import SAMPLE_DTYPE, Manifest, ShardInfo, open_dataset
-from patchmill.pipeline.tiff import read_tiff, write_tiff
-from photos import make_dataset, make_image_folder
+from patchmill.pipeline.read.manifest import SAMPLE_DTYPE, Manifest, ShardInfo, open_dataset
+from patchmill.pipeline.read.tiff import read_tiff, write_tiff
+from tests.support.photos import make_dataset, make_image_folder
 
 
 @pytest.fixture(scope="module")

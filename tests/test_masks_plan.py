@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from patchmill.pipeline.masks import MaskConfig, MaskPlan
+from patchmill.pipeline.plan.masks import MaskConfig, MaskPlan
 
 
 def published_random_masking(noise, mask_ratio):

@@ -5,27 +5,28 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import next_world, run_ranks
 from test_model_compile import CONFIG
 from test_step_update import ALONE, CPU, no_host_sync
 from test_world_ranks import assert_close_runs, config_of
 from torch.utils.flop_counter import FlopCounterMode
 
 from patchmill.pipeline.batch import Batch
-from patchmill.pipeline.masks import MaskConfig, MaskPlan
-from patchmill.trainer import checkpoint
-from patchmill.trainer.config import ModelConfig, OptimConfig
-from patchmill.trainer.encoder import Encoder
-from patchmill.trainer.interop import load_encoder, read_checkpoint
-from patchmill.trainer.metrics import train_flops_per_image
-from patchmill.trainer.models import build_model
-from patchmill.trainer.optim import build_optimizer
+from patchmill.pipeline.plan.masks import MaskConfig, MaskPlan
+from patchmill.trainer.checkpoints import checkpoint
+from patchmill.trainer.checkpoints.interop import load_encoder, read_checkpoint
+from patchmill.trainer.config.model import ModelConfig
+from patchmill.trainer.config.pretrain import OptimConfig
+from patchmill.trainer.engine.optim import build_optimizer
+from patchmill.trainer.engine.step import Guard, set_learning_rate, update
+from patchmill.trainer.flops import train_flops_per_image
+from patchmill.trainer.model.build import build_model
+from patchmill.trainer.model.encoder import Encoder
+from patchmill.trainer.model.target_files import write_target
+from patchmill.trainer.model.vit import PatchEmbed
 from patchmill.trainer.pretrain import pretrain
-from patchmill.trainer.recipes import get_recipe
-from patchmill.trainer.step import Guard, set_learning_rate, update
-from patchmill.trainer.target_files import write_target
-from patchmill.trainer.vit import PatchEmbed
-from photos import make_dataset
+from patchmill.trainer.recipes.pretrain import get_recipe
+from tests.support.photos import make_dataset
+from tests.support.ranks import next_world, run_ranks
 
 SMALL = dataclasses.replace(CONFIG, norm_pix_loss=False)
 METHODS: dict[str, dict[str, Any]] = {

@@ -3,9 +3,9 @@
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from patchmill.pipeline.masks import MaskConfig, MaskPlan
-from patchmill.trainer.config import ModelConfig
-from patchmill.trainer.mae import MaskedAutoencoder
+from patchmill.pipeline.plan.masks import MaskConfig, MaskPlan
+from patchmill.trainer.config.model import ModelConfig
+from patchmill.trainer.model.mae import MaskedAutoencoder
 
 CONFIG = ModelConfig(
     image_size=(32, 48),

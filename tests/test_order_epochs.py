@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from patchmill.pipeline.order import EpochOrder, SequentialOrder, WindowOrder
+from patchmill.pipeline.plan.order import EpochOrder, SequentialOrder, WindowOrder
 
 SEEDS = st.integers(0, 2**64 - 1)
 

@@ -19,12 +19,12 @@ LIGHT_MODULES = [
     "patchmill.kernels.masked_loss",
     "patchmill.kernels.permute",
     "patchmill.kernels.unshuffle",
-    "patchmill.trainer.mae",
+    "patchmill.trainer.model.mae",
     "patchmill.trainer.metrics",
-    "patchmill.trainer.optim",
-    "patchmill.trainer.recipes",
-    "patchmill.trainer.step",
-    "patchmill.trainer.world",
+    "patchmill.trainer.engine.optim",
+    "patchmill.trainer.recipes.pretrain",
+    "patchmill.trainer.engine.step",
+    "patchmill.trainer.engine.world",
 ]
 
 

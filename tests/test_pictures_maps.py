@@ -4,17 +4,17 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from small_models import TINY, random_checkpoint
 
 from patchmill.pipeline.batch import Batch
-from patchmill.pipeline.masks import MaskConfig, MaskPlan
+from patchmill.pipeline.plan.masks import MaskConfig, MaskPlan
 from patchmill.tools import cli
 from patchmill.tools.reconstruct import mask_columns, parse_mask
-from patchmill.trainer.interop import build_encoder, write_checkpoint
-from patchmill.trainer.looking import attention_weights, class_attention, feature_colours
-from patchmill.trainer.mae import MaskedAutoencoder
-from patchmill.trainer.sheets import GAP, Column, coloured, write_sheet
-from photos import make_dataset, photograph
+from patchmill.trainer.checkpoints.interop import build_encoder, write_checkpoint
+from patchmill.trainer.draw.sheet import GAP, Column, coloured, write_sheet
+from patchmill.trainer.evaluate.attention import attention_weights, class_attention, feature_colours
+from patchmill.trainer.model.mae import MaskedAutoencoder
+from tests.support.photos import make_dataset, photograph
+from tests.support.small_models import TINY, random_checkpoint
 
 
 @pytest.fixture(scope="module")

@@ -11,11 +11,12 @@ import pytest
 from PIL import Image
 
 from patchmill.tools import cli
-from patchmill.trainer import checkpoint, run_folder
-from patchmill.trainer.config_file import from_toml
+from patchmill.trainer import run_folder
+from patchmill.trainer.checkpoints import checkpoint
+from patchmill.trainer.config.toml import from_toml
 from patchmill.trainer.metrics import read_metrics
-from patchmill.trainer.recipes import get_recipe
-from photos import make_dataset
+from patchmill.trainer.recipes.pretrain import get_recipe
+from tests.support.photos import make_dataset
 
 SMALL = """
 --recipe mae-tiny --device cpu --model.image-size 32 --model.embed-dim 32 --model.depth 1 --model.num-heads 2

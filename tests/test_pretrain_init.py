@@ -5,15 +5,15 @@ import dataclasses
 import pytest
 import torch
 from safetensors.torch import load_file
-from small_runs import small_run
 
-from patchmill.trainer import checkpoint
-from patchmill.trainer.interop import read_checkpoint, write_checkpoint
-from patchmill.trainer.models import build_model
+from patchmill.trainer.checkpoints import checkpoint
+from patchmill.trainer.checkpoints.interop import read_checkpoint, write_checkpoint
+from patchmill.trainer.checkpoints.names import encoder_only, is_decoder
+from patchmill.trainer.checkpoints.warm_start import begin_from
+from patchmill.trainer.model.build import build_model
 from patchmill.trainer.pretrain import pretrain
-from patchmill.trainer.state_names import encoder_only, is_decoder
-from patchmill.trainer.warm_start import begin_from
-from photos import make_dataset
+from tests.support.photos import make_dataset
+from tests.support.small_runs import small_run
 
 
 @pytest.fixture(scope="module")

@@ -14,12 +14,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from patchmill.trainer import checkpoint
+from patchmill.trainer.checkpoints import checkpoint
 from patchmill.trainer.metrics import EVALUATIONS, read_lines, read_metrics
 from patchmill.trainer.pretrain import pretrain
-from patchmill.trainer.recipes import get_recipe, with_options
+from patchmill.trainer.recipes.pretrain import get_recipe, with_options
 from patchmill.trainer.run_folder import read_status
-from photos import make_dataset
+from tests.support.photos import make_dataset
 
 ROOT = Path(__file__).parent.parent
 STEPS = 24

@@ -7,16 +7,16 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from small_runs import small_run
 
 from patchmill.pipeline.loader import DataConfig, build_loader
-from patchmill.pipeline.masks import MaskConfig
+from patchmill.pipeline.plan.masks import MaskConfig
 from patchmill.tools import cli
-from patchmill.trainer.checkpoint import load_model
+from patchmill.trainer.checkpoints.checkpoint import load_model
+from patchmill.trainer.evaluate.reconstruct import reconstruct
 from patchmill.trainer.metrics import read_metrics
-from patchmill.trainer.pictures import reconstruct
 from patchmill.trainer.pretrain import pretrain
-from photos import make_dataset, photograph
+from tests.support.photos import make_dataset, photograph
+from tests.support.small_runs import small_run
 
 SHAPES: dict[str, dict[str, Any]] = {
     "448 px": {"image_size": 448, "patch_size": 14},

@@ -7,20 +7,22 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import next_world, run_ranks
 from safetensors.torch import load_file
-from small_models import TINY
-from small_runs import small_run
 
-from patchmill.pipeline.masks import MaskConfig, MaskPlan
-from patchmill.trainer import checkpoint, metrics
-from patchmill.trainer.config_file import from_toml
-from patchmill.trainer.metrics import read_metrics, train_flops_per_image
-from patchmill.trainer.models import build_model
+from patchmill.pipeline.plan.masks import MaskConfig, MaskPlan
+from patchmill.trainer import metrics
+from patchmill.trainer.checkpoints import checkpoint
+from patchmill.trainer.config.size_schedule import first_steps, size_at
+from patchmill.trainer.config.toml import from_toml
+from patchmill.trainer.flops import train_flops_per_image
+from patchmill.trainer.metrics import read_metrics
+from patchmill.trainer.model.build import build_model
+from patchmill.trainer.model.resize_weights import resize_model
 from patchmill.trainer.pretrain import pretrain
-from patchmill.trainer.resize import resize_model
-from patchmill.trainer.size_schedule import first_steps, size_at
-from photos import make_dataset
+from tests.support.photos import make_dataset
+from tests.support.ranks import next_world, run_ranks
+from tests.support.small_models import TINY
+from tests.support.small_runs import small_run
 
 STEPS = 18  # 3.6 epochs of 5
 SCHEDULE = ((0.0, 16), (0.3, 24), (0.6, 32))  # epoch 0; epoch 1; epochs 2 and 3

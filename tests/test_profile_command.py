@@ -8,22 +8,23 @@ import pytest
 import torch
 from PIL import Image
 
-from patchmill.tools import cli, profile_report
-from patchmill.tools.profile_counts import count_forward
-from patchmill.tools.profile_diff import compare
-from patchmill.tools.profile_loader import measure_loader
-from patchmill.tools.profile_model import DECODER, loader_model
-from patchmill.tools.profile_parts import part_of, take_apart
-from patchmill.tools.profile_plan import PlanConfig, predict
-from patchmill.tools.profile_remedies import Trial, measure_trials, remedies, scaled
-from patchmill.tools.profile_step import fitting_batch, synthetic_batch
-from patchmill.tools.timing import Measured
-from patchmill.tools.verdict import CORES, DEVICE, FRONT, STEP, THREADS, Model, Stage
-from patchmill.trainer.config import ModelConfig, PretrainConfig
+from patchmill.tools import cli
+from patchmill.tools.profiler import report as profile_report
+from patchmill.tools.profiler.bottleneck import CORES, DEVICE, FRONT, STEP, THREADS, Model, Stage
+from patchmill.tools.profiler.diff import compare
+from patchmill.tools.profiler.loader import measure_loader
+from patchmill.tools.profiler.loader_bound import DECODER, loader_model
+from patchmill.tools.profiler.parts import count_forward, part_of, take_apart
+from patchmill.tools.profiler.remedies import Trial, measure_trials, remedies, scaled
+from patchmill.tools.profiler.step import fitting_batch, synthetic_batch
+from patchmill.tools.profiler.timing import Measured
+from patchmill.tools.profiler.what_if import PlanConfig, predict
+from patchmill.trainer.config.model import ModelConfig
+from patchmill.trainer.config.pretrain import PretrainConfig
+from patchmill.trainer.engine.world import World
 from patchmill.trainer.pretrain import build_trainee
-from patchmill.trainer.recipes import get_recipe, with_options
-from patchmill.trainer.world import World
-from photos import make_dataset
+from patchmill.trainer.recipes.pretrain import get_recipe, with_options
+from tests.support.photos import make_dataset
 
 CPU = torch.device("cpu")
 SMALL = """

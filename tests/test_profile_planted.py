@@ -6,21 +6,21 @@ import time
 
 import pytest
 import torch
-from ranks import next_world, run_ranks
 
-from patchmill.pipeline import decode_cpu
-from patchmill.pipeline.images import decode_image
+from patchmill.pipeline.decode import cpu as decode_cpu
 from patchmill.pipeline.loader import BatchMaker
-from patchmill.tools.profile_loader import measure_loader
-from patchmill.tools.profile_model import loader_model
-from patchmill.tools.profile_remedies import remedies
-from patchmill.tools.profile_spans import DECODE, FETCH, open_loader, watch
-from patchmill.tools.profile_train import measure_train
-from patchmill.tools.verdict import FRONT, STEP, THREADS, judge
-from patchmill.trainer.mae import MaskedAutoencoder
-from patchmill.trainer.recipes import get_recipe, with_options
-from patchmill.trainer.step import Guard
-from photos import make_dataset
+from patchmill.pipeline.read.image import decode_image
+from patchmill.tools.profiler.bottleneck import FRONT, STEP, THREADS, judge
+from patchmill.tools.profiler.loader import measure_loader
+from patchmill.tools.profiler.loader_bound import loader_model
+from patchmill.tools.profiler.remedies import remedies
+from patchmill.tools.profiler.spans import DECODE, FETCH, open_loader, watch
+from patchmill.tools.profiler.train import measure_train
+from patchmill.trainer.engine.step import Guard
+from patchmill.trainer.model.mae import MaskedAutoencoder
+from patchmill.trainer.recipes.pretrain import get_recipe, with_options
+from tests.support.photos import make_dataset
+from tests.support.ranks import next_world, run_ranks
 
 CPU = torch.device("cpu")
 SECONDS = 0.3

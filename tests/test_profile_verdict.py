@@ -2,7 +2,7 @@
 
 import pytest
 
-from patchmill.tools.verdict import CORES, DEVICE, STEP, STORAGE, THREADS, Model, Stage, judge, straggler
+from patchmill.tools.profiler.bottleneck import CORES, DEVICE, STEP, STORAGE, THREADS, Model, Stage, judge, straggler
 
 DECODE = Stage("decode", {THREADS: 1.5e-3, CORES: 1.5e-3})
 RESIZE = Stage("resize", {THREADS: 0.5e-3, CORES: 0.5e-3})

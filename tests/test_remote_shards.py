@@ -6,13 +6,13 @@ import shutil
 import socket
 
 import pytest
-from http_server import has_ipv6, serve
 
-from patchmill.pipeline import remote
 from patchmill.pipeline.loader import DataConfig, build_loader
-from patchmill.pipeline.masks import MaskConfig
-from patchmill.pipeline.streams import open_stream
-from photos import make_dataset
+from patchmill.pipeline.plan.masks import MaskConfig
+from patchmill.pipeline.read import remote
+from patchmill.pipeline.read.connection import open_stream
+from tests.support.http_server import has_ipv6, serve
+from tests.support.photos import make_dataset
 
 SAMPLES = 24
 

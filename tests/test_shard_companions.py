@@ -8,18 +8,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from faults import exif, save, with_exif
 from PIL import Image
 
-from patchmill.pipeline.manifest import Dataset, open_dataset
+from patchmill.pipeline.read.manifest import Dataset, open_dataset
 from patchmill.tools import convert, index, info, merge, shard, verify
-from patchmill.tools.list_source import list_source
-from patchmill.tools.pack_dataset import pack_dataset
-from patchmill.tools.plan import PackOptions
-from patchmill.tools.samples import read_bytes, read_pixels
-from patchmill.tools.source_tables import Columns
-from patchmill.tools.sources import list_folder
-from photos import jpeg, make_dataset, make_image_folder, make_photo_crops, photograph
+from patchmill.tools.packing.list_tables import Columns
+from patchmill.tools.packing.listing import list_folder
+from patchmill.tools.packing.open_source import list_source
+from patchmill.tools.packing.pack_dataset import pack_dataset
+from patchmill.tools.packing.plan import PackOptions
+from patchmill.tools.packing.strict_decode import read_bytes, read_pixels
+from tests.support.faults import exif, save, with_exif
+from tests.support.photos import jpeg, make_dataset, make_image_folder, make_photo_crops, photograph
 
 CROPS = make_photo_crops(12, seed=3, sides=(40, 80))
 

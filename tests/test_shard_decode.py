@@ -5,14 +5,14 @@ import io
 import numpy as np
 import pytest
 import simplejpeg
-from faults import exif, sound_jpegs, unusual_jpegs, with_exif
 from PIL import Image
 
-from patchmill.pipeline.image_headers import exif_orientation
-from patchmill.tools.jpeg_scan import scan_jpeg
-from patchmill.tools.normalise import ONE_EIGHTH
-from patchmill.tools.strict_decode import strict_pixels
-from photos import jpeg, photograph
+from patchmill.pipeline.read.image_headers import exif_orientation
+from patchmill.tools.packing.jpeg_scan import scan_jpeg
+from patchmill.tools.packing.normalise import ONE_EIGHTH
+from patchmill.tools.packing.strict_decode import strict_pixels
+from tests.support.faults import exif, sound_jpegs, unusual_jpegs, with_exif
+from tests.support.photos import jpeg, photograph
 
 
 def damaged(rng: np.random.Generator, data: bytes) -> bytes:

@@ -11,15 +11,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from patchmill.pipeline.read.tar import ShardWriter
 from patchmill.tools.cli import run
-from patchmill.tools.finish import read_part
-from patchmill.tools.pack import part_name
-from patchmill.tools.pack_dataset import pack_dataset
-from patchmill.tools.plan import PackOptions
-from patchmill.tools.sources import list_folder
-from patchmill.tools.store import LocalStore
-from patchmill.tools.tars import ShardWriter
-from photos import jpeg, make_image_folder, photograph
+from patchmill.tools.packing.destination import LocalStore
+from patchmill.tools.packing.join import read_part
+from patchmill.tools.packing.listing import list_folder
+from patchmill.tools.packing.pack_dataset import pack_dataset
+from patchmill.tools.packing.pack_shard import part_name
+from patchmill.tools.packing.plan import PackOptions
+from tests.support.photos import jpeg, make_image_folder, photograph
 
 
 @pytest.fixture

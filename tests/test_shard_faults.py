@@ -4,18 +4,17 @@ import json
 
 import numpy as np
 import pytest
-from faults import Case, all_cases, write_folder
 
-from patchmill.pipeline.data_config import DataConfig
+from patchmill.pipeline.config import DataConfig
 from patchmill.pipeline.loader import build_loader
-from patchmill.pipeline.manifest import QUARANTINE_NAME, ImageFormat, open_dataset
-from patchmill.pipeline.masks import MaskConfig
-from patchmill.tools.normalise import Packed, Policy, normalise
-from patchmill.tools.pack_dataset import pack_dataset
-from patchmill.tools.samples import read_bytes
-from patchmill.tools.sources import list_folder
-from patchmill.tools.strict_decode import Rejected, decode
+from patchmill.pipeline.plan.masks import MaskConfig
+from patchmill.pipeline.read.manifest import QUARANTINE_NAME, ImageFormat, open_dataset
+from patchmill.tools.packing.listing import list_folder
+from patchmill.tools.packing.normalise import Packed, Policy, normalise
+from patchmill.tools.packing.pack_dataset import pack_dataset
+from patchmill.tools.packing.strict_decode import Rejected, decode, read_bytes
 from patchmill.tools.verify import verify
+from tests.support.faults import Case, all_cases, write_folder
 
 CASES = all_cases()
 

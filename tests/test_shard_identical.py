@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 
 from patchmill.tools import merge, shard
-from patchmill.tools.engines import pack_on_ray
-from patchmill.tools.pack_dataset import pack_dataset
-from patchmill.tools.plan import PackOptions
-from patchmill.tools.sources import list_folder
-from photos import make_image_folder
+from patchmill.tools.packing.listing import list_folder
+from patchmill.tools.packing.pack_dataset import pack_dataset
+from patchmill.tools.packing.plan import PackOptions
+from patchmill.tools.packing.workers import pack_on_ray
+from tests.support.photos import make_image_folder
 
 OPTIONS = PackOptions(seed=7, shard_size_mb=0.04)
 

@@ -6,20 +6,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from faults import png_16, save
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from patchmill.pipeline.manifest import ImageFormat, open_dataset
-from patchmill.tools.normalise import Policy, normalise, pack_pixels
-from patchmill.tools.pack_dataset import pack_dataset
-from patchmill.tools.plan import PackOptions, cut_shards, make_plan, shuffle_keys
-from patchmill.tools.samples import read_pixels
-from patchmill.tools.sources import labels_from_folders, list_folder
-from patchmill.tools.splits import split_listing
-from patchmill.tools.strict_decode import Rejected, decode
-from photos import COLOUR, GREY, jpeg, make_image_folder, photograph
+from patchmill.pipeline.read.manifest import ImageFormat, open_dataset
+from patchmill.tools.packing.listing import labels_from_folders, list_folder
+from patchmill.tools.packing.normalise import Policy, normalise, pack_pixels
+from patchmill.tools.packing.pack_dataset import pack_dataset
+from patchmill.tools.packing.plan import PackOptions, cut_shards, make_plan, shuffle_keys
+from patchmill.tools.packing.splits import split_listing
+from patchmill.tools.packing.strict_decode import Rejected, decode, read_pixels
+from tests.support.faults import png_16, save
+from tests.support.photos import COLOUR, GREY, jpeg, make_image_folder, photograph
 
 WIDE = np.ascontiguousarray(photograph("coffee.png")[:300, :500])
 

@@ -8,18 +8,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from faults import PHOTO, save
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from patchmill.pipeline.manifest import EXTENSIONS, Dataset, ImageFormat, open_dataset
-from patchmill.pipeline.tar_stream import TarDamage, split_key
-from patchmill.tools.pack_dataset import pack_dataset
-from patchmill.tools.plan import PackOptions
-from patchmill.tools.samples import read_bytes
-from patchmill.tools.sources import list_folder
-from patchmill.tools.tars import index_of, walk_tar, walk_tar_file
-from photos import make_image_folder
+from patchmill.pipeline.read.manifest import EXTENSIONS, Dataset, ImageFormat, open_dataset
+from patchmill.pipeline.read.tar import TarDamage, index_of, split_key, walk_tar, walk_tar_file
+from patchmill.tools.packing.listing import list_folder
+from patchmill.tools.packing.pack_dataset import pack_dataset
+from patchmill.tools.packing.plan import PackOptions
+from patchmill.tools.packing.strict_decode import read_bytes
+from tests.support.faults import PHOTO, save
+from tests.support.photos import make_image_folder
 
 
 @pytest.fixture(scope="module")

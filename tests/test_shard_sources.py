@@ -13,14 +13,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from patchmill.pipeline import remote
-from patchmill.pipeline.manifest import Dataset, ImageFormat, open_dataset
-from patchmill.tools.list_source import list_source
-from patchmill.tools.pack_dataset import pack_dataset
-from patchmill.tools.samples import read_bytes, read_pixels
-from patchmill.tools.source_tables import Columns
-from patchmill.tools.tars import walk_tar_file
-from photos import make_image_folder, make_photo_crops, photo_crop
+from patchmill.pipeline.read import remote
+from patchmill.pipeline.read.manifest import Dataset, ImageFormat, open_dataset
+from patchmill.pipeline.read.tar import walk_tar_file
+from patchmill.tools.packing.list_tables import Columns
+from patchmill.tools.packing.open_source import list_source
+from patchmill.tools.packing.pack_dataset import pack_dataset
+from patchmill.tools.packing.strict_decode import read_bytes, read_pixels
+from tests.support.photos import make_image_folder, make_photo_crops, photo_crop
 
 CROPS = make_photo_crops(12, seed=3, sides=(40, 80))
 CLASSES = sorted({label for label, _ in CROPS})

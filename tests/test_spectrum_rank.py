@@ -7,19 +7,19 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from ranks import next_world, run_ranks
 from safetensors.torch import load_file
-from small_models import random_checkpoint
-from small_runs import small_run
 
 from patchmill.tools import cli
-from patchmill.trainer import checkpoint
-from patchmill.trainer.interop import write_checkpoint
+from patchmill.trainer.checkpoints import checkpoint
+from patchmill.trainer.checkpoints.interop import write_checkpoint
+from patchmill.trainer.engine.world import World
+from patchmill.trainer.evaluate.spectrum import take_spectrum
 from patchmill.trainer.metrics import SPECTRA, read_lines, read_metrics
 from patchmill.trainer.pretrain import open_loader, pretrain
-from patchmill.trainer.spectrum import take_spectrum
-from patchmill.trainer.world import World
-from photos import make_dataset
+from tests.support.photos import make_dataset
+from tests.support.ranks import next_world, run_ranks
+from tests.support.small_models import random_checkpoint
+from tests.support.small_runs import small_run
 
 STEPS = 11  # of five an epoch
 

@@ -14,13 +14,14 @@ from test_golden_mae import CASES, load_case, relative
 
 from benchmarks.published_mae import PublishedMAE
 from patchmill.pipeline.batch import Batch
-from patchmill.pipeline.masks import MaskConfig, MaskPlan
-from patchmill.trainer.config import ModelConfig, OptimConfig
-from patchmill.trainer.cuda_graph import EAGER_STEPS, GraphedUpdate
-from patchmill.trainer.mae import MaskedAutoencoder
-from patchmill.trainer.optim import build_optimizer, parameter_groups
-from patchmill.trainer.step import Guard, set_learning_rate, update
-from patchmill.trainer.world import World
+from patchmill.pipeline.plan.masks import MaskConfig, MaskPlan
+from patchmill.trainer.config.model import ModelConfig
+from patchmill.trainer.config.pretrain import OptimConfig
+from patchmill.trainer.engine.cuda_graph import EAGER_STEPS, GraphedUpdate
+from patchmill.trainer.engine.optim import build_optimizer, parameter_groups
+from patchmill.trainer.engine.step import Guard, set_learning_rate, update
+from patchmill.trainer.engine.world import World
+from patchmill.trainer.model.mae import MaskedAutoencoder
 
 pytestmark = pytest.mark.gpu
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic products; read when cuBLAS starts

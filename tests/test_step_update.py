@@ -10,14 +10,15 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from patchmill.pipeline.batch import Batch
-from patchmill.pipeline.masks import MaskConfig, MaskPlan
-from patchmill.trainer import step as step_module
-from patchmill.trainer.config import ModelConfig, OptimConfig
-from patchmill.trainer.mae import MAEOutput, MaskedAutoencoder
+from patchmill.pipeline.plan.masks import MaskConfig, MaskPlan
+from patchmill.trainer.config.model import ModelConfig
+from patchmill.trainer.config.pretrain import OptimConfig
+from patchmill.trainer.engine import step as step_module
+from patchmill.trainer.engine.optim import build_optimizer, find_apex
+from patchmill.trainer.engine.step import Guard, set_learning_rate, update
+from patchmill.trainer.engine.world import World
 from patchmill.trainer.metrics import Metrics, mask_token_norm
-from patchmill.trainer.optim import build_optimizer, find_apex
-from patchmill.trainer.step import Guard, set_learning_rate, update
-from patchmill.trainer.world import World
+from patchmill.trainer.model.mae import MAEOutput, MaskedAutoencoder
 
 CPU = torch.device("cpu")
 ALONE = World(0, 1, CPU)

@@ -6,14 +6,14 @@ import tarfile
 
 import pytest
 import torch
-from http_server import serve
 
-from patchmill.pipeline import streams
 from patchmill.pipeline.loader import DataConfig, build_loader
-from patchmill.pipeline.masks import MaskConfig
-from patchmill.pipeline.stream_wds import label_of
-from patchmill.pipeline.tar_stream import TarDamage, tar_members, tar_samples
-from photos import make_dataset, make_photo_crops
+from patchmill.pipeline.plan.masks import MaskConfig
+from patchmill.pipeline.plan.stream import label_of
+from patchmill.pipeline.read import connection as streams
+from patchmill.pipeline.read.tar import TarDamage, tar_members, tar_samples
+from tests.support.http_server import serve
+from tests.support.photos import make_dataset, make_photo_crops
 
 SHARDS, PER_SHARD = 4, 6
 SAMPLES = SHARDS * PER_SHARD

@@ -7,16 +7,17 @@ import numpy as np
 import pytest
 import torch
 
-from patchmill.pipeline.data_config import DataConfig
+from patchmill.pipeline.config import DataConfig
 from patchmill.pipeline.loader import build_loader
-from patchmill.pipeline.masks import MaskConfig
-from patchmill.trainer.config import ModelConfig, OptimConfig, PretrainConfig, TrainConfig
-from patchmill.trainer.config_file import from_toml, to_toml
+from patchmill.pipeline.plan.masks import MaskConfig
+from patchmill.trainer.config.model import ModelConfig
+from patchmill.trainer.config.pretrain import OptimConfig, PretrainConfig, TrainConfig
+from patchmill.trainer.config.toml import from_toml, to_toml
+from patchmill.trainer.model.target_files import write_target
 from patchmill.trainer.pretrain import pretrain
-from patchmill.trainer.recipes import RECIPES, get_recipe
-from patchmill.trainer.table1_recipes import ROWS, TABLE1
-from patchmill.trainer.target_files import write_target
-from photos import make_dataset
+from patchmill.trainer.recipes.pretrain import RECIPES, get_recipe
+from patchmill.trainer.recipes.table1 import ROWS, TABLE1
+from tests.support.photos import make_dataset
 
 DEFAULT = get_recipe("table1-a-depth-8")
 """what six rows of the paper's table are"""

@@ -11,26 +11,27 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from sklearn.cluster import KMeans
 from sklearn.decomposition import PCA
-from small_models import TINY
 from test_step_update import ALONE, CPU
 from test_world_ranks import config_of
 
 from patchmill.pipeline.batch import Batch
-from patchmill.pipeline.masks import MaskConfig, MaskPlan
+from patchmill.pipeline.plan.masks import MaskConfig, MaskPlan
 from patchmill.tools import cli
-from patchmill.trainer import checkpoint
-from patchmill.trainer.config import ModelConfig, OptimConfig
-from patchmill.trainer.dvae import DVAETokenizer
+from patchmill.trainer.checkpoints import checkpoint
+from patchmill.trainer.config.model import ModelConfig
+from patchmill.trainer.config.pretrain import OptimConfig
+from patchmill.trainer.engine.optim import build_optimizer
+from patchmill.trainer.engine.step import Guard, set_learning_rate, update
+from patchmill.trainer.evaluate.reconstruct import reconstruct
 from patchmill.trainer.metrics import read_metrics
-from patchmill.trainer.models import build_model
-from patchmill.trainer.optim import build_optimizer
-from patchmill.trainer.pictures import reconstruct
+from patchmill.trainer.model.build import build_model
+from patchmill.trainer.model.dvae import DVAETokenizer
+from patchmill.trainer.model.target_files import load_target, write_target
+from patchmill.trainer.model.target_fit import Covariance, first_codes, k_means, principal_components
+from patchmill.trainer.model.targets import PCATarget, target_patches
 from patchmill.trainer.pretrain import pretrain
-from patchmill.trainer.step import Guard, set_learning_rate, update
-from patchmill.trainer.target_files import load_target, write_target
-from patchmill.trainer.target_fit import Covariance, first_codes, k_means, principal_components
-from patchmill.trainer.targets import PCATarget, target_patches
-from photos import make_dataset
+from tests.support.photos import make_dataset
+from tests.support.small_models import TINY
 
 WIDTHS = {"pca": 96, "kmeans": 8, "dvae": 0}
 

@@ -6,9 +6,8 @@ import pytest
 import torch
 
 pytest.importorskip("triton", reason="Triton has no wheel for this platform")
-from ahead_of_time import compile_launch, record_launch  # needs Triton
-
 from patchmill.kernels import gather_triton, masked_loss_triton, permute_triton, unshuffle_triton
+from tests.support.ahead_of_time import compile_launch, record_launch  # needs Triton
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 BATCH, DECODER = 1024, 512

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("triton", reason="Triton has no wheel for this platform")
-import stub_driver
+from tests.support import stub_driver
 
 EXPECTED = {
     "mask_indices_kernel": ["4 1 1 of 32", "4 1 1 of 128"],

@@ -8,20 +8,20 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from ranks import next_world, run_ranks
 from safetensors.torch import load_file, save_file
 from test_world_ranks import config_of
 
-from patchmill.pipeline.masks import MaskConfig, MaskPlan
-from patchmill.trainer import checkpoint
-from patchmill.trainer.config import ModelConfig
+from patchmill.pipeline.plan.masks import MaskConfig, MaskPlan
+from patchmill.trainer.checkpoints import checkpoint
+from patchmill.trainer.config.model import ModelConfig
+from patchmill.trainer.engine.world import join_world
 from patchmill.trainer.metrics import read_metrics
-from patchmill.trainer.models import build_model
+from patchmill.trainer.model.build import build_model
+from patchmill.trainer.model.uniformity import Form, uniformity_loss
 from patchmill.trainer.pretrain import pretrain
-from patchmill.trainer.recipes import get_recipe
-from patchmill.trainer.uniformity import Form, uniformity_loss
-from patchmill.trainer.world import join_world
-from photos import make_dataset
+from patchmill.trainer.recipes.pretrain import get_recipe
+from tests.support.photos import make_dataset
+from tests.support.ranks import next_world, run_ranks
 
 GOLDEN = Path(__file__).parent / "golden" / "uniformity.safetensors"
 FORMS: tuple[Form, ...] = ("as-published", "global-gradient")

@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from patchmill.pipeline.manifest import open_dataset
+from patchmill.pipeline.read.manifest import open_dataset
 from patchmill.tools import verify
-from photos import make_dataset
+from tests.support.photos import make_dataset
 
 
 @pytest.fixture(scope="module")

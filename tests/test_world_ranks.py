@@ -9,18 +9,19 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import next_world, run_ranks
 from safetensors.torch import load_file
 
-from patchmill.pipeline.manifest import open_dataset
+from patchmill.pipeline.read.manifest import open_dataset
 from patchmill.tools import cli
-from patchmill.trainer import checkpoint, world
-from patchmill.trainer.mae import MAEOutput, MaskedAutoencoder
+from patchmill.trainer.checkpoints import checkpoint
+from patchmill.trainer.engine import world
+from patchmill.trainer.engine.world import joined_world
 from patchmill.trainer.metrics import read_lines, read_metrics
+from patchmill.trainer.model.mae import MAEOutput, MaskedAutoencoder
 from patchmill.trainer.pretrain import pretrain
-from patchmill.trainer.recipes import get_recipe, with_options
-from patchmill.trainer.world import joined_world
-from photos import make_dataset
+from patchmill.trainer.recipes.pretrain import get_recipe, with_options
+from tests.support.photos import make_dataset
+from tests.support.ranks import next_world, run_ranks
 
 STEPS = 20
 BAD_STEP = 4

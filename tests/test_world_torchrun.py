@@ -11,10 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from patchmill.trainer import checkpoint
+from patchmill.trainer.checkpoints import checkpoint
 from patchmill.trainer.metrics import read_lines, read_metrics
 from patchmill.trainer.run_folder import read_status
-from photos import make_dataset
+from tests.support.photos import make_dataset
 
 ROOT = Path(__file__).parent.parent
 STEPS = 90
@@ -32,7 +32,7 @@ class Launch:
         self.run = run
         line = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
         line += ["--monitor-interval=0.1", "--signals-to-handle=SIGTERM,SIGINT,SIGUSR1", *torchrun]
-        line += ["tests/pretrain_driver.py", *OPTIONS, "--data.path", str(dataset), "--out", str(run), *options]
+        line += ["tests/support/pretrain_driver.py", *OPTIONS, "--data.path", str(dataset), "--out", str(run), *options]
         env = os.environ | {"PYTHONPATH": str(ROOT), "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "5", **environment}
         self.log = run.with_suffix(".log")
         with self.log.open("w") as log:

@@ -9,10 +9,10 @@ import tyro
 from rich.console import Console
 from rich.progress import track
 
-from patchmill.pipeline.manifest import EXTENSIONS, Dataset, ImageFormat, open_dataset
-from patchmill.tools.beton import write_beton
-from patchmill.tools.samples import read_bytes
-from patchmill.tools.whole import whole_folder
+from patchmill.pipeline.atomic import whole_folder
+from patchmill.pipeline.read.manifest import EXTENSIONS, Dataset, ImageFormat, open_dataset
+from patchmill.tools.packing.beton import write_beton
+from patchmill.tools.packing.strict_decode import read_bytes
 
 DESCRIPTION = """\
 Writes a dataset as a tree of class folders, or as one .beton file for FFCV; image bytes stay as they are.

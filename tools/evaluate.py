@@ -9,13 +9,13 @@ from typing import Any, Literal
 from rich.console import Console
 from rich.table import Table
 
-from patchmill.pipeline.data_config import DataConfig
+from patchmill.pipeline.config import DataConfig
 from patchmill.tools import cli
-from patchmill.tools.eval_cli import is_first
-from patchmill.trainer.eval_config import TestConfig
-from patchmill.trainer.eval_report import RESULTS, per_class, write_scores
-from patchmill.trainer.evaluate import Tested, evaluate_classifier
-from patchmill.trainer.world import joined_world
+from patchmill.tools.console.progress import is_first
+from patchmill.trainer.config.evaluate import TestConfig
+from patchmill.trainer.engine.world import joined_world
+from patchmill.trainer.evaluate.classify import Tested, evaluate_classifier
+from patchmill.trainer.evaluate.report import RESULTS, per_class, write_scores
 
 ORIGIN_UNKNOWN = {"protocol": "classifier", "start": "scratch", "seed": 0}
 """of a classifier.safetensors without its results.json"""

@@ -5,13 +5,15 @@ import sys
 from pathlib import Path
 
 from patchmill.tools import cli
-from patchmill.tools.eval_cli import fit_bar, is_first, parse, print_report
-from patchmill.trainer.eval_config import FinetuneConfig
-from patchmill.trainer.eval_pictures import write_sweep
-from patchmill.trainer.eval_recipes import FINETUNE_RECIPES
-from patchmill.trainer.eval_report import Report
-from patchmill.trainer.finetune import finetune, sweep
-from patchmill.trainer.fit import Progress
+from patchmill.tools.console.options import parse
+from patchmill.tools.console.progress import fit_bar, is_first
+from patchmill.tools.console.report import print_report
+from patchmill.trainer.config.evaluate import FinetuneConfig
+from patchmill.trainer.draw.charts import write_sweep
+from patchmill.trainer.evaluate.finetune import finetune, sweep
+from patchmill.trainer.evaluate.fit import Progress
+from patchmill.trainer.evaluate.report import Report
+from patchmill.trainer.recipes.evaluate import FINETUNE_RECIPES
 
 TEXT = """\
 Trains encoder and classifier on labelled shards, as published; or the last blocks only, or from random weights.

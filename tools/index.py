@@ -16,16 +16,15 @@ import tyro
 from rich.console import Console
 from rich.progress import track
 
-from patchmill.pipeline.manifest import MANIFEST_NAME, ImageFormat, Manifest
-from patchmill.pipeline.tar_stream import TarDamage, split_key
-from patchmill.tools.finish import write_tables
-from patchmill.tools.normalise import Packed, Policy, normalise
-from patchmill.tools.pack import PixelSums
-from patchmill.tools.pack_dataset import processors
-from patchmill.tools.source_archives import numbered_labels
-from patchmill.tools.store import LocalStore
-from patchmill.tools.strict_decode import Rejected
-from patchmill.tools.tars import TarMember, image_format, index_of, walk_tar
+from patchmill.pipeline.read.manifest import MANIFEST_NAME, ImageFormat, Manifest
+from patchmill.pipeline.read.tar import TarDamage, TarMember, image_format, index_of, split_key, walk_tar
+from patchmill.tools.packing.destination import LocalStore
+from patchmill.tools.packing.join import write_tables
+from patchmill.tools.packing.list_archives import numbered_labels
+from patchmill.tools.packing.normalise import Packed, Policy, normalise
+from patchmill.tools.packing.pack_dataset import processors
+from patchmill.tools.packing.pack_shard import PixelSums
+from patchmill.tools.packing.strict_decode import Rejected
 
 DESCRIPTION = """\
 Makes a dataset of WebDataset tars that another program wrote: manifest, .idx and sample table beside the tars.

@@ -10,9 +10,9 @@ from PIL import Image, ImageDraw
 from rich.console import Console
 from rich.table import Table
 
-from patchmill.pipeline.manifest import Dataset, ImageFormat, open_dataset
-from patchmill.tools.plan import shuffle_keys
-from patchmill.tools.samples import read_pixels
+from patchmill.pipeline.read.manifest import Dataset, ImageFormat, open_dataset
+from patchmill.tools.packing.plan import shuffle_keys
+from patchmill.tools.packing.strict_decode import read_pixels
 
 SIDES = (0, 32, 64, 128, 224, 256, 384, 512, 768, 1024, 2048, 4096, 2**32)
 BAR_WIDTH = 40

@@ -10,13 +10,19 @@ from typing import Annotated, Literal
 
 import tyro
 
+from patchmill.pipeline.atomic import whole_file, whole_folder
 from patchmill.tools import cli
-from patchmill.tools.export_files import Pool, only_encoder, write_files
 from patchmill.tools.model_card import find_provenance, write_card
-from patchmill.tools.onnx_export import export_onnx
-from patchmill.tools.whole import whole_file, whole_folder
-from patchmill.trainer.interop import Checkpoint, build_encoder, read_checkpoint, resized, write_checkpoint
-from patchmill.trainer.model_shape import Hints
+from patchmill.trainer.checkpoints.export import Pool, only_encoder, write_files
+from patchmill.trainer.checkpoints.infer import Hints
+from patchmill.trainer.checkpoints.interop import (
+    Checkpoint,
+    build_encoder,
+    read_checkpoint,
+    resized,
+    write_checkpoint,
+)
+from patchmill.trainer.checkpoints.onnx_export import export_onnx
 
 Size = int | tuple[int, int]
 CheckpointPath = Annotated[str, tyro.conf.Positional]

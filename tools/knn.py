@@ -4,13 +4,14 @@ import sys
 from pathlib import Path
 
 from patchmill.tools import cli
-from patchmill.tools.eval_cli import is_first, print_results
-from patchmill.trainer.eval_config import KnnConfig
-from patchmill.trainer.eval_report import common_results, open_folder, write_scores
-from patchmill.trainer.knn import run_knn
-from patchmill.trainer.labelled import open_labelled
-from patchmill.trainer.subject import default_out, open_subject
-from patchmill.trainer.world import joined_world
+from patchmill.tools.console.progress import is_first
+from patchmill.tools.console.report import print_results
+from patchmill.trainer.config.evaluate import KnnConfig
+from patchmill.trainer.engine.world import joined_world
+from patchmill.trainer.evaluate.encoder_source import default_out, open_subject
+from patchmill.trainer.evaluate.knn import run_knn
+from patchmill.trainer.evaluate.labelled import open_labelled
+from patchmill.trainer.evaluate.report import common_results, open_folder, write_scores
 
 
 def main(argv: list[str]) -> int:

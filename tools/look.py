@@ -6,16 +6,16 @@ from typing import Literal
 
 import torch
 
-from patchmill.pipeline.data_config import DataConfig
-from patchmill.pipeline.masks import MaskConfig
+from patchmill.pipeline.config import DataConfig
+from patchmill.pipeline.plan.masks import MaskConfig
 from patchmill.tools import cli
-from patchmill.tools.picture_cli import check_picture, first_batch
-from patchmill.trainer.encoder import Encoder
-from patchmill.trainer.interop import load_encoder
-from patchmill.trainer.looking import class_attention, feature_colours
-from patchmill.trainer.model_shape import Hints
-from patchmill.trainer.sheets import Column, coloured, write_sheet
-from patchmill.trainer.world import join_world
+from patchmill.tools.console.pictures import check_picture, first_batch
+from patchmill.trainer.checkpoints.infer import Hints
+from patchmill.trainer.checkpoints.interop import load_encoder
+from patchmill.trainer.draw.sheet import Column, coloured, write_sheet
+from patchmill.trainer.engine.world import join_world
+from patchmill.trainer.evaluate.attention import class_attention, feature_colours
+from patchmill.trainer.model.encoder import Encoder
 
 Map = Literal["features", "attention"]
 PCA_IMAGES = 64

@@ -16,11 +16,11 @@ from typing import Annotated, Any
 import numpy as np
 import tyro
 
-from patchmill.pipeline.manifest import NAMES_NAME, QUARANTINE_NAME, Dataset, Manifest, open_dataset
-from patchmill.tools.finish import index_name, write_tables
-from patchmill.tools.pack_dataset import join
+from patchmill.pipeline.read.manifest import NAMES_NAME, QUARANTINE_NAME, Dataset, Manifest, open_dataset
+from patchmill.tools.packing.destination import LocalStore, store_at
+from patchmill.tools.packing.join import index_name, write_tables
+from patchmill.tools.packing.pack_dataset import join
 from patchmill.tools.shard import staging_folder, summarise
-from patchmill.tools.store import LocalStore, store_at
 
 DESCRIPTION = """\
 Finishes a dataset that `patchmill shard --part I/N` packed in parts, or joins finished datasets.

@@ -12,14 +12,14 @@ from typing import Any, NamedTuple
 import tomli_w
 
 from patchmill import __version__
-from patchmill.pipeline.manifest import MANIFEST_NAME, Manifest
-from patchmill.trainer.config import ModelConfig
-from patchmill.trainer.config_file import from_toml, to_toml
+from patchmill.pipeline.read.manifest import MANIFEST_NAME, Manifest
+from patchmill.trainer.config.model import ModelConfig
+from patchmill.trainer.config.toml import from_toml, to_toml
 from patchmill.trainer.metrics import read_metrics
 
 LIBRARIES = {"hf": "transformers", "timm": "timm", "onnx": "onnx"}
 USAGE = {
-    "patchmill": "from patchmill.trainer.interop import load_encoder\n\n"
+    "patchmill": "from patchmill.trainer.checkpoints.interop import load_encoder\n\n"
     'encoder = load_encoder("THIS_FOLDER")\ncls_token, patches = encoder(images)  # uint8 [B, H, W, C]',
     "mae": 'checkpoint = torch.load("model.pth", map_location="cpu")["model"]\n'
     "model.load_state_dict(checkpoint, strict=False)  # models_mae or models_vit of facebookresearch/mae",

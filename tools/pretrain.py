@@ -14,15 +14,14 @@ from rich.progress import Progress as Bar
 from rich.table import Column, Table
 
 from patchmill.tools import cli
-from patchmill.trainer.config import PretrainConfig
-from patchmill.trainer.config_file import from_toml
-from patchmill.trainer.curves import write_loss_curve
-from patchmill.trainer.eval_pictures import write_spectra
+from patchmill.trainer.config.pretrain import PretrainConfig
+from patchmill.trainer.config.toml import from_toml
+from patchmill.trainer.draw.charts import write_loss_curve, write_spectra
+from patchmill.trainer.evaluate.spectrum import Spectrum
 from patchmill.trainer.loop import Progress
 from patchmill.trainer.metrics import EVALUATIONS, SPECTRA, read_lines, read_metrics
 from patchmill.trainer.pretrain import Summary, pretrain
-from patchmill.trainer.recipes import get_recipe
-from patchmill.trainer.spectrum import Spectrum
+from patchmill.trainer.recipes.pretrain import get_recipe
 
 STAGES = 6
 """spectra that spectra.png shows, evenly over the run"""

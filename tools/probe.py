@@ -3,10 +3,12 @@
 import sys
 
 from patchmill.tools import cli
-from patchmill.tools.eval_cli import fit_bar, parse, print_report
-from patchmill.trainer.eval_config import ProbeConfig
-from patchmill.trainer.eval_recipes import PROBE_RECIPES
-from patchmill.trainer.probe import probe
+from patchmill.tools.console.options import parse
+from patchmill.tools.console.progress import fit_bar
+from patchmill.tools.console.report import print_report
+from patchmill.trainer.config.evaluate import ProbeConfig
+from patchmill.trainer.evaluate.probe import probe
+from patchmill.trainer.recipes.evaluate import PROBE_RECIPES
 
 TEXT = """\
 Trains a linear classifier on frozen features, as published (class token, BatchNorm without affine, LARS).

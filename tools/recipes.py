@@ -11,10 +11,10 @@ from rich.console import Console
 from rich.table import Table
 
 from patchmill.tools import cli
-from patchmill.trainer.config_file import to_toml
-from patchmill.trainer.eval_recipes import FINETUNE_RECIPES, PROBE_RECIPES
-from patchmill.trainer.recipes import RECIPES, find_recipe
-from patchmill.trainer.table1_recipes import ROWS, TABLE1
+from patchmill.trainer.config.toml import to_toml
+from patchmill.trainer.recipes.evaluate import FINETUNE_RECIPES, PROBE_RECIPES
+from patchmill.trainer.recipes.pretrain import RECIPES, find_recipe
+from patchmill.trainer.recipes.table1 import ROWS, TABLE1
 
 KINDS: dict[str, Mapping[str, Callable[[], Any]]] = {
     "pretrain": RECIPES,

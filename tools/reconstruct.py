@@ -6,15 +6,15 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from patchmill.pipeline.batch import Batch
-from patchmill.pipeline.data_config import DataConfig
-from patchmill.pipeline.masks import KINDS, MaskConfig, MaskPlan
+from patchmill.pipeline.config import DataConfig
+from patchmill.pipeline.plan.masks import KINDS, MaskConfig, MaskPlan
 from patchmill.tools import cli
-from patchmill.tools.picture_cli import check_picture, first_batch
-from patchmill.trainer.checkpoint import load_model
-from patchmill.trainer.pictures import reconstruct
-from patchmill.trainer.sheets import Column, write_sheet
-from patchmill.trainer.vit import VisionTransformer
-from patchmill.trainer.world import join_world
+from patchmill.tools.console.pictures import check_picture, first_batch
+from patchmill.trainer.checkpoints.checkpoint import load_model
+from patchmill.trainer.draw.sheet import Column, write_sheet
+from patchmill.trainer.engine.world import join_world
+from patchmill.trainer.evaluate.reconstruct import reconstruct
+from patchmill.trainer.model.vit import VisionTransformer
 
 
 @dataclass(frozen=True)

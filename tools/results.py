@@ -16,8 +16,8 @@ from typing import Annotated, Any, NamedTuple
 import tyro
 
 from patchmill.tools import cli
-from patchmill.trainer.eval_pictures import write_sweep
-from patchmill.trainer.eval_report import RESULTS
+from patchmill.trainer.draw.charts import write_sweep
+from patchmill.trainer.evaluate.report import RESULTS
 
 ORDER = ("knn", "probe", "finetune")
 """protocols that come first, in this order; partial fine-tuning follows by number of blocks"""

@@ -11,8 +11,8 @@ from rich.console import Console
 from rich.table import Table
 
 from patchmill.tools import cli
-from patchmill.trainer.checkpoint import all_checkpoints
-from patchmill.trainer.curves import compare_losses
+from patchmill.trainer.checkpoints.checkpoint import all_checkpoints
+from patchmill.trainer.draw.charts import compare_losses
 from patchmill.trainer.metrics import read_metrics
 from patchmill.trainer.run_folder import STATUS, Status, read_status
 

@@ -18,17 +18,17 @@ from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, Tim
 from rich.progress import Progress as Bar
 from rich.table import Table
 
-from patchmill.pipeline.manifest import QUARANTINE_NAME, Manifest, open_dataset
-from patchmill.pipeline.urls import is_url, redact
-from patchmill.tools.beton import write_beton
-from patchmill.tools.engines import pack_on_ray
-from patchmill.tools.list_source import list_source
-from patchmill.tools.normalise import REENCODE_QUALITY, Policy
-from patchmill.tools.pack_dataset import MAX_BAD_FRACTION, Run, pack_dataset
-from patchmill.tools.plan import PackOptions
-from patchmill.tools.source_tables import Columns
-from patchmill.tools.sources import Listing
-from patchmill.tools.splits import split_listing
+from patchmill.pipeline.read.manifest import QUARANTINE_NAME, Manifest, open_dataset
+from patchmill.pipeline.read.urls import is_url, redact
+from patchmill.tools.packing.beton import write_beton
+from patchmill.tools.packing.list_tables import Columns
+from patchmill.tools.packing.listing import Listing
+from patchmill.tools.packing.normalise import REENCODE_QUALITY, Policy
+from patchmill.tools.packing.open_source import list_source
+from patchmill.tools.packing.pack_dataset import MAX_BAD_FRACTION, Run, pack_dataset
+from patchmill.tools.packing.plan import PackOptions
+from patchmill.tools.packing.splits import split_listing
+from patchmill.tools.packing.workers import pack_on_ray
 
 DESCRIPTION = """\
 Packs images into WebDataset shards with an index, a manifest and checksums.

@@ -8,17 +8,17 @@ from typing import Literal
 from rich.console import Console
 from rich.table import Table
 
-from patchmill.pipeline.data_config import DataConfig
+from patchmill.pipeline.atomic import whole_file
+from patchmill.pipeline.config import DataConfig
 from patchmill.tools import cli
-from patchmill.tools.picture_cli import check_picture
-from patchmill.tools.whole import whole_file
-from patchmill.trainer.eval_config import Pool
-from patchmill.trainer.eval_pictures import write_spectra
-from patchmill.trainer.interop import load_encoder
-from patchmill.trainer.knn import make_table
-from patchmill.trainer.model_shape import Hints
-from patchmill.trainer.spectrum import Spectrum, take_spectrum
-from patchmill.trainer.world import World, join_world
+from patchmill.tools.console.pictures import check_picture
+from patchmill.trainer.checkpoints.infer import Hints
+from patchmill.trainer.checkpoints.interop import load_encoder
+from patchmill.trainer.config.evaluate import Pool
+from patchmill.trainer.draw.charts import write_spectra
+from patchmill.trainer.engine.world import World, join_world
+from patchmill.trainer.evaluate.knn import make_table
+from patchmill.trainer.evaluate.spectrum import Spectrum, take_spectrum
 
 
 @dataclass(frozen=True)

@@ -19,18 +19,18 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from patchmill.pipeline.data_config import DataConfig
+from patchmill.pipeline.atomic import whole_file
+from patchmill.pipeline.config import DataConfig
 from patchmill.pipeline.loader import build_loader
-from patchmill.pipeline.masks import MaskConfig
+from patchmill.pipeline.plan.masks import MaskConfig
 from patchmill.tools import cli
-from patchmill.tools.whole import whole_file
-from patchmill.trainer.config import ModelConfig
-from patchmill.trainer.dvae import DVAETokenizer
-from patchmill.trainer.recipes import get_recipe
-from patchmill.trainer.target_files import write_target
-from patchmill.trainer.target_fit import Covariance, first_codes, k_means, principal_components
-from patchmill.trainer.targets import target_patches
-from patchmill.trainer.world import join_world
+from patchmill.trainer.config.model import ModelConfig
+from patchmill.trainer.engine.world import join_world
+from patchmill.trainer.model.dvae import DVAETokenizer
+from patchmill.trainer.model.target_files import write_target
+from patchmill.trainer.model.target_fit import Covariance, first_codes, k_means, principal_components
+from patchmill.trainer.model.targets import target_patches
+from patchmill.trainer.recipes.pretrain import get_recipe
 
 BATCH = 64
 """images at a time"""

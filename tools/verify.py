@@ -20,8 +20,8 @@ import tyro
 from rich.console import Console
 from rich.progress import track
 
-from patchmill.pipeline.image_headers import ImageDamage
-from patchmill.pipeline.manifest import (
+from patchmill.pipeline.read.image_headers import ImageDamage
+from patchmill.pipeline.read.manifest import (
     MANIFEST_NAME,
     NAMES_NAME,
     SAMPLE_DTYPE,
@@ -32,11 +32,10 @@ from patchmill.pipeline.manifest import (
     open_samples,
     read_manifest,
 )
-from patchmill.pipeline.tar_stream import TarDamage
-from patchmill.tools.pack_dataset import processors
-from patchmill.tools.plan import shuffle_keys
-from patchmill.tools.strict_decode import decode
-from patchmill.tools.tars import TarMember, image_format, index_of, walk_tar
+from patchmill.pipeline.read.tar import TarDamage, TarMember, image_format, index_of, walk_tar
+from patchmill.tools.packing.pack_dataset import processors
+from patchmill.tools.packing.plan import shuffle_keys
+from patchmill.tools.packing.strict_decode import decode
 
 DESCRIPTION = """\
 Checks a dataset: every checksum, every index and every image. Exit code 1 and a list when something is wrong.

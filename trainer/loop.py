@@ -14,18 +14,19 @@ import torch
 
 from patchmill.pipeline.batch import Batch
 from patchmill.pipeline.loader import Loader
-from patchmill.trainer.config import PretrainConfig
-from patchmill.trainer.evaluate import OnlineEvaluation
-from patchmill.trainer.metrics import Metrics, mask_token_norm, train_flops_per_image
-from patchmill.trainer.optim import learning_rate
-from patchmill.trainer.pictures import reconstruct
-from patchmill.trainer.saver import Saver
-from patchmill.trainer.sheets import Column, write_sheet
-from patchmill.trainer.size_schedule import first_steps, size_at
-from patchmill.trainer.spectrum import batch_features, take_spectrum
-from patchmill.trainer.step import Guard, StepValues, set_learning_rate
-from patchmill.trainer.vit import VisionTransformer
-from patchmill.trainer.world import StopVote, World, autocast_dtype
+from patchmill.trainer.checkpoints.save import Saver
+from patchmill.trainer.config.pretrain import PretrainConfig
+from patchmill.trainer.config.size_schedule import first_steps, size_at
+from patchmill.trainer.draw.sheet import Column, write_sheet
+from patchmill.trainer.engine.optim import learning_rate
+from patchmill.trainer.engine.step import Guard, StepValues, set_learning_rate
+from patchmill.trainer.engine.world import StopVote, World, autocast_dtype
+from patchmill.trainer.evaluate.online import OnlineEvaluation
+from patchmill.trainer.evaluate.reconstruct import reconstruct
+from patchmill.trainer.evaluate.spectrum import batch_features, take_spectrum
+from patchmill.trainer.flops import train_flops_per_image
+from patchmill.trainer.metrics import Metrics, mask_token_norm
+from patchmill.trainer.model.vit import VisionTransformer
 
 PICTURE_IMAGES = 8
 

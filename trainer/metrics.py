@@ -14,18 +14,14 @@ from typing import Any, NamedTuple, TextIO
 import torch
 from torch import Tensor, nn
 
-from patchmill.pipeline.masks import MaskConfig
-from patchmill.trainer.config import ModelConfig
-from patchmill.trainer.spectrum import Spectrum
-from patchmill.trainer.step import StepValues, whole
-from patchmill.trainer.world import World
-
-PEAK_BF16_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "B200": 2250e12}
-"""dense bf16 peak per second by a part of the device's name (data sheets)"""
-
+from patchmill.trainer.engine.step import StepValues, whole
+from patchmill.trainer.engine.world import World
+from patchmill.trainer.evaluate.spectrum import Spectrum
+from patchmill.trainer.flops import device_peak
 
 EVALUATIONS = "evaluations.jsonl"
 """of a run folder: one object an evaluation on the way"""
+
 SPECTRA = "spectra.jsonl"
 """of a run folder: one object a spectrum of class tokens taken on the way"""
 
@@ -38,34 +34,6 @@ class _Pending(NamedTuple):
     lr: float
     values: StepValues
     sample_ids_B: Tensor
-
-
-def train_flops_per_image(config: ModelConfig, mask: MaskConfig) -> float:
-    """Matrix-product FLOPs of forward and backward for one image, whatever a fast path skips (2 per multiply-add).
-
-    The published formulation is counted (all patches embedded and predicted): ViT-B/16, L/16 and H/14 at 224 px and
-    75 % give 58.5, 124.2 and 291 G, the numbers that MFU is stated in. What makes tokens of a target is not counted.
-    """
-    c, patches = config, config.num_patches
-    kept = patches if c.sees_mask_tokens else mask.kept(c.grid_hw)
-
-    def blocks(depth: int, tokens: int, dim: int) -> float:
-        linear = 2 * tokens * dim * dim * (4 + 2 * c.mlp_ratio)
-        return depth * (linear + 4 * tokens**2 * dim)
-
-    embed = 2 * patches * c.patch_dim * c.embed_dim
-    encoder = blocks(c.depth, kept + 1, c.embed_dim)
-    if c.kind == "simmim":
-        return 3.0 * (embed + encoder + 2 * patches * c.embed_dim * c.pred_dim)
-    if c.kind == "crossmae":
-        masked, dim = patches - kept, c.decoder_embed_dim
-        asking = 2 * masked * dim * dim * (2 + 2 * c.mlp_ratio) + 4 * masked * (kept + 1) * dim
-        decoder = c.decoder_depth * (asking + 2 * (kept + 1) * c.embed_dim * 2 * dim)
-        return 3.0 * (embed + encoder + decoder + 2 * masked * dim * c.pred_dim)
-    bridge = 2 * (kept + 1) * c.embed_dim * c.decoder_embed_dim
-    decoder = blocks(c.decoder_depth, patches + 1, c.decoder_embed_dim)
-    head = 2 * (patches + 1) * c.decoder_embed_dim * c.pred_dim
-    return 3.0 * (embed + encoder + bridge + decoder + head)
 
 
 class Metrics:
@@ -257,11 +225,3 @@ def peak_memory_gb(device: torch.device) -> float:
     except OSError:  # not Linux
         return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**30, 3)
     return round(int(status.split("VmHWM:")[1].split()[0]) / 2**20, 3)
-
-
-def device_peak(device: torch.device) -> float | None:
-    """Dense bf16 peak of a device, FLOP/s; None for a CPU and for GPUs that the table does not have."""
-    if device.type != "cuda":
-        return None
-    name = torch.cuda.get_device_name(device)
-    return next((peak for part, peak in PEAK_BF16_FLOPS.items() if part in name), None)

@@ -15,20 +15,21 @@ import torch
 
 from patchmill.pipeline.batch import Batch
 from patchmill.pipeline.loader import Loader, build_loader
-from patchmill.trainer import checkpoint
-from patchmill.trainer.config import PretrainConfig
-from patchmill.trainer.cuda_graph import GraphedUpdate
+from patchmill.trainer.checkpoints import checkpoint
+from patchmill.trainer.checkpoints.warm_start import begin_from
+from patchmill.trainer.config.pretrain import PretrainConfig
+from patchmill.trainer.engine.cuda_graph import GraphedUpdate
+from patchmill.trainer.engine.optim import build_optimizer
+from patchmill.trainer.engine.parallel import distribute
+from patchmill.trainer.engine.signals import stop_on_signals
+from patchmill.trainer.engine.step import Guard, StepValues, update
+from patchmill.trainer.engine.world import World, autocast_dtype, joined_world
+from patchmill.trainer.flops import train_flops_per_image
 from patchmill.trainer.loop import Loop, Progress, Trainee
-from patchmill.trainer.metrics import Metrics, train_flops_per_image
-from patchmill.trainer.models import build_model
-from patchmill.trainer.optim import build_optimizer
-from patchmill.trainer.parallel import distribute
+from patchmill.trainer.metrics import Metrics
+from patchmill.trainer.model.build import build_model
+from patchmill.trainer.model.target_files import load_target
 from patchmill.trainer.run_folder import open_run, write_status
-from patchmill.trainer.signals import stop_on_signals
-from patchmill.trainer.step import Guard, StepValues, update
-from patchmill.trainer.target_files import load_target
-from patchmill.trainer.warm_start import begin_from
-from patchmill.trainer.world import World, autocast_dtype, joined_world
 
 
 class Summary(NamedTuple):

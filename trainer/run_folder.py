@@ -17,8 +17,8 @@ import socket
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from patchmill.trainer.config import PretrainConfig
-from patchmill.trainer.config_file import to_toml
+from patchmill.trainer.config.pretrain import PretrainConfig
+from patchmill.trainer.config.toml import to_toml
 from patchmill.trainer.metrics import EVALUATIONS, SPECTRA, read_lines
 
 STATUS = "status.json"

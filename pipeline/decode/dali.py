@@ -1,0 +1,197 @@
+"""sample bytes, windows -> [decode_dali] -> images: NVIDIA DALI, on the GPU or on the CPU through the same graph.
+
+    index callable -> external_source -> decoders.image_slice (only the window) -> resize -> flip -> uint8 NHWC
+
+DALI holds no random state and no order here: it asks for batch i and receives bytes, windows and flips, so that it
+agrees with every other decoder and restarts anywhere. The only file that imports DALI.
+
+DALI cannot skip an image: one that it rejects costs the whole batch. Images that are not plain 8-bit JPEG or PNG, which
+decoders disagree on, therefore reach it decoded (as binary PPM), and a batch that fails all the same is decoded on the
+host once. Channel counts other than 1 and 3 are decoded on the host too: DALI's "as stored" output is not safe (2.4.0
+corrupted memory on a grey JPEG).
+"""
+
+from collections import deque
+from collections.abc import Iterator
+from importlib import import_module
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.dlpack import from_dlpack
+
+from patchmill.pipeline.decode.cpu import CHUNK
+from patchmill.pipeline.plan.feed import StepPlan
+from patchmill.pipeline.plan.stream import AnyFeeder
+from patchmill.pipeline.read.image import decode_image, is_plain
+from patchmill.pipeline.read.threads import Pool
+
+HARDWARE_SHARE = 0.65  # of the images for the hardware JPEG engine, where there is one; the rest goes to CUDA kernels
+
+
+class DaliDecoder:
+    """Decodes batches with DALI.
+
+    Args:
+        feeder: plans batches and gives their bytes.
+        image_size: height and width of the result.
+        channels: 1 to 4.
+        interpolation: "bicubic" or "bilinear"; both antialiased.
+        workers: threads that read, and as many that decode what the GPU does not.
+        batches_ahead: batches in work at once.
+        device: where to decode; a CUDA device or the CPU.
+    """
+
+    def __init__(
+        self,
+        feeder: AnyFeeder,
+        *,
+        image_size: tuple[int, int],
+        channels: int,
+        interpolation: str,
+        workers: int,
+        batches_ahead: int,
+        device: torch.device,
+    ) -> None:
+        self.feeder = feeder
+        self.image_size = image_size
+        self.channels = channels
+        self.interpolation = interpolation
+        self.workers = workers
+        self.batches_ahead = batches_ahead
+        self.device = device
+
+    def batches(self, epoch: int, step: int) -> Iterator[tuple[StepPlan, Tensor]]:
+        """Yields plans and their images (uint8 `[B, H, W, C]`, on the current stream) from a step on."""
+        on_host: tuple[int, int] | None = None
+        while True:
+            with Pool(self.workers, "patchmill-read") as pool:
+                source = _Source(self.feeder, pool, epoch, step, self.channels, on_host)
+                pipeline = self._build(source)
+                while True:
+                    try:
+                        outputs = pipeline.run(self._stream())
+                    except RuntimeError:  # an image that DALI rejects: this batch once more, decoded on the host
+                        if not source.delivered or on_host == source.delivered[0].place:
+                            raise
+                        epoch, step = on_host = source.delivered[0].place
+                        break
+                    yield source.delivered.popleft(), self._joined(outputs)
+
+    def _stream(self) -> Any:
+        return torch.cuda.current_stream(self.device) if self.device.type == "cuda" else None
+
+    def _joined(self, outputs: tuple) -> Tensor:
+        """Images of all repeats, the repeats of one sample next to each other."""
+        if len(outputs) == 1:
+            return from_dlpack(outputs[0].as_tensor())
+        return torch.stack([from_dlpack(output.as_tensor()) for output in outputs], dim=1).flatten(0, 1)
+
+    def _build(self, source: "_Source") -> Any:
+        try:
+            dali, fn, types = (import_module(name) for name in ("nvidia.dali", "nvidia.dali.fn", "nvidia.dali.types"))
+        except ImportError as error:
+            raise ValueError(
+                f"data.decoder=dali needs NVIDIA DALI ({error}): pip install 'patchmill[dali]', or use data.decoder=cpu"
+            ) from None
+        on_gpu = self.device.type == "cuda"
+        interpolation = {"bicubic": types.INTERP_CUBIC, "bilinear": types.INTERP_TRIANGULAR}[self.interpolation]
+        kind = {"device": "mixed", "hw_decoder_load": HARDWARE_SHARE} if on_gpu else {"device": "cpu"}
+        kind["output_type"] = types.GRAY if self.channels == 1 else types.RGB
+
+        def finish(images: Any, flips: Any) -> Any:
+            if on_gpu:
+                images = images.gpu()
+            images = fn.resize(images, size=self.image_size, interp_type=interpolation, antialias=True)
+            return fn.flip(images, horizontal=flips)
+
+        @dali.pipeline_def(
+            batch_size=source.batch_size,
+            num_threads=self.workers,
+            device_id=(self.device.index or 0) if on_gpu else None,
+            prefetch_queue_depth=self.batches_ahead,
+        )
+        def graph() -> Any:
+            if source.decodes:
+                images, flips = fn.external_source(source, batch=True, num_outputs=2, layout=["HWC", ""])
+                return finish(images, flips)
+            encoded, *draws = fn.external_source(source, batch=True, num_outputs=1 + 3 * self.feeder.repeats)
+            if self.feeder.repeats == 1:
+                start, shape, flips = draws
+                window = fn.decoders.image_slice(encoded, start=start, shape=shape, axis_names="HW", **kind)
+                return finish(window, flips)
+            whole = fn.decoders.image(encoded, **kind)
+            return tuple(
+                finish(fn.slice(whole, start=draws[i], shape=draws[i + 1], axis_names="HW"), draws[i + 2])
+                for i in range(0, len(draws), 3)
+            )
+
+        pipeline = graph()
+        pipeline.build()
+        return pipeline
+
+
+class _Source:
+    """What DALI's external_source calls with 0, 1, 2, ... for the next batch; `delivered` keeps the plans in order."""
+
+    def __init__(
+        self,
+        feeder: AnyFeeder,
+        pool: Pool,
+        epoch: int,
+        step: int,
+        channels: int,
+        on_host: tuple[int, int] | None,
+    ) -> None:
+        self.feeder, self.pool, self.channels, self.on_host = feeder, pool, channels, on_host
+        self.plans = feeder.plans(epoch, step)
+        self.delivered: deque[StepPlan] = deque()
+        self.decodes = channels not in (1, 3)
+        self.batch_size = feeder.local_batch if self.decodes else feeder.local_slots
+
+    def __call__(self, iteration: int) -> list:
+        plan = next(self.plans)
+        tasks = [self.pool.submit(self._fetch, plan, lo) for lo in range(0, self.feeder.local_slots, CHUNK)]
+        samples = [sample for task in tasks for sample in task.result()]
+        self.delivered.append(plan)
+        if self.decodes:
+            return [samples, plan.flips_B.astype(np.int32)]
+        repeats = self.feeder.repeats
+        draws = []
+        for k in range(repeats):
+            windows_U4 = plan.windows_B4[k::repeats]
+            draws += [windows_U4[:, :2], windows_U4[:, 2:], plan.flips_B[k::repeats].astype(np.int32)]
+        return [samples, *(np.ascontiguousarray(draw) for draw in draws)]
+
+    def _fetch(self, plan: StepPlan, lo: int) -> list[NDArray[np.uint8]]:
+        """What DALI gets for slots `lo` to `lo + CHUNK`: encoded bytes, or decoded windows where the host decodes."""
+        everything = plan.place == self.on_host
+
+        def convert(data: bytes, size_hw: tuple[int, int]) -> Any:
+            if self.decodes:
+                return decode_image(data, self.channels, size_hw)
+            return (
+                data
+                if is_plain(data, size_hw) and not everything
+                else as_ppm(decode_image(data, self.channels, size_hw))
+            )
+
+        samples = []
+        for slot, data in enumerate(self.feeder.fetch(plan, lo, min(lo + CHUNK, self.feeder.local_slots)), start=lo):
+            sample = self.feeder.decoded(plan, slot, data, convert)
+            if not self.decodes:
+                samples.append(np.frombuffer(sample, np.uint8))
+                continue
+            for top, left, height, width in plan.windows_B4[slot * self.feeder.repeats :][
+                : self.feeder.repeats
+            ].tolist():
+                samples.append(np.ascontiguousarray(sample[top : top + height, left : left + width]))
+        return samples
+
+
+def as_ppm(image_HWC: NDArray[np.uint8]) -> bytes:
+    """Pixels of 1 or 3 channels as a binary PGM or PPM file, which costs a copy and nothing to decode."""
+    height, width, channels = image_HWC.shape
+    return b"P%d\n%d %d\n255\n" % (5 if channels == 1 else 6, width, height) + image_HWC.tobytes()

@@ -1,0 +1,150 @@
+"""sample bytes, windows -> [decode_resident] -> images: a small dataset, decoded once and kept on the device.
+
+For images that all have one size and fit into the device's memory (CIFAR-10 is 154 MB). A batch is then a gather and
+two batched products: the antialiased filter along rows and along columns, written as matrices of its weights. Windows,
+flips and the replacement of bad samples are those of every decoder; no image is decoded twice.
+
+Shapes: N samples, B rows of a batch, H W the stored size, O the size asked for, C channels.
+"""
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from patchmill.pipeline.plan.feed import Feeder, StepPlan
+from patchmill.pipeline.plan.stream import AnyFeeder
+from patchmill.pipeline.read.image import ImageHWC, decode_image
+from patchmill.pipeline.read.shards import BadSample
+from patchmill.pipeline.read.threads import Pool
+
+CHUNK = 256  # samples of one task while the dataset is read
+MAX_BYTES = 32 << 30  # of decoded images
+
+
+class ResidentDecoder:
+    """Makes batches from images that lie decoded on the device.
+
+    Args:
+        feeder: plans batches and gives their bytes; of a packed dataset or a .beton file.
+        image_size: height and width of the result.
+        channels: of the result.
+        interpolation: "bicubic" or "bilinear"; both antialiased.
+        workers: threads that read and decode, once.
+        device: where the images lie.
+
+    Raises:
+        ValueError: a stream, images of several sizes, or too many of them.
+    """
+
+    def __init__(
+        self,
+        feeder: AnyFeeder,
+        *,
+        image_size: tuple[int, int],
+        channels: int,
+        interpolation: str,
+        workers: int,
+        device: torch.device,
+    ) -> None:
+        if not isinstance(feeder, Feeder):
+            raise ValueError("data.decoder=resident needs a packed dataset, not a stream of tars: use data.decoder=cpu")
+        self.feeder, self.image_size, self.channels = feeder, image_size, channels
+        self.interpolation, self.workers, self.device = interpolation, workers, device
+        self.size_hw = _common_size(feeder, channels)
+        self.images_NHCW: Tensor | None = None
+        self.bad_N = np.zeros(feeder.num_samples, dtype=np.bool_)
+
+    def batches(self, epoch: int, step: int) -> Iterator[tuple[StepPlan, Tensor]]:
+        """Yields plans and their images (uint8 `[B, H, W, C]`, on the device) from a step on, for ever."""
+        if self.images_NHCW is None:
+            self.images_NHCW = self._read_all()
+        for plan in self.feeder.plans(epoch, step):
+            self._replace_bad(plan)
+            yield plan, self._cut(self.images_NHCW, plan)
+
+    def _read_all(self) -> Tensor:
+        height, width = self.size_hw
+        images_NHWC = torch.empty(self.feeder.num_samples, height, width, self.channels, dtype=torch.uint8)
+        with Pool(self.workers, "patchmill-decode") as pool:
+            starts = range(0, len(images_NHWC), CHUNK)
+            for task in [pool.submit(self._read, images_NHWC.numpy(), lo) for lo in starts]:
+                task.result()
+        return images_NHWC.permute(0, 1, 3, 2).to(self.device).contiguous()
+
+    def _read(self, images_NHWC: np.ndarray, lo: int) -> None:
+        ids = np.arange(lo, min(lo + CHUNK, len(images_NHWC)))
+        for index, data in zip(ids.tolist(), self.feeder.store.read(ids), strict=True):
+            try:
+                if not isinstance(data, BadSample):
+                    images_NHWC[index] = self._decode(data, self.size_hw)
+                    continue
+            except ValueError:
+                pass  # told, with its reason, when the order comes to it
+            images_NHWC[index], self.bad_N[index] = 0, True
+
+    def _decode(self, data: bytes, size_hw: tuple[int, int]) -> ImageHWC:
+        return decode_image(data, self.channels, size_hw)
+
+    def _replace_bad(self, plan: StepPlan) -> None:
+        """Lets the feeder put another sample into the slot of each bad one, as it does for every decoder."""
+        for slot in np.flatnonzero(self.bad_N[plan.sample_ids_B[:: self.feeder.repeats]]).tolist():
+            (data,) = self.feeder.fetch(plan, slot, slot + 1)
+            self.feeder.decoded(plan, slot, data, self._decode)
+
+    def _cut(self, images_NHCW: Tensor, plan: StepPlan) -> Tensor:
+        """The windows of a batch, resized and flipped."""
+        columns = (plan.sample_ids_B, *plan.windows_B4.T, plan.flips_B)
+        table = torch.from_numpy(np.stack([column.astype(np.int64) for column in columns]))
+        if self.device.type == "cuda":
+            table = table.pin_memory()
+        ids_B, top_B, left_B, height_B, width_B, flip_B = table.to(self.device, non_blocking=True).unbind()
+        x_BHCW = images_NHCW[ids_B]
+        B, H, C, W = x_BHCW.shape
+        out_h, out_w = self.image_size
+        across_BOW = filter_weights(left_B, width_B, W, out_w, self.interpolation)
+        across_BOW = torch.where(flip_B.bool()[:, None, None], across_BOW.flip(1), across_BOW)
+        down_BOH = filter_weights(top_B, height_B, H, out_h, self.interpolation)
+        # 8 bits between the two passes, as Pillow and torch have them
+        x_BHCO = (x_BHCW.float().view(B, H * C, W) @ across_BOW.mT).round_().clamp_(0, 255)
+        x_BOCO = (down_BOH @ x_BHCO.view(B, H, C * out_w)).round_().clamp_(0, 255)
+        return x_BOCO.to(torch.uint8).view(B, out_h, C, out_w).permute(0, 1, 3, 2).contiguous()
+
+
+def filter_weights(start_B: Tensor, length_B: Tensor, size: int, out: int, interpolation: str) -> Tensor:
+    """Weights that resize `length` pixels from `start` on to `out` pixels: fp32 `[B, out, size]`.
+
+    Pillow's antialiased filters: a cubic of parameter -1/2 on [-2, 2] or a triangle on [-1, 1], widened where the
+    image shrinks, cut at the window's edges and normalised.
+
+    Example: start 1, length 2 of size 4 to 2 pixels gives the rows [0, 1, 0, 0] and [0, 0, 1, 0].
+    """
+    pixel_1S = torch.arange(size, device=start_B.device).float() + 0.5
+    start_B1, length_B1 = start_B.float()[:, None], length_B.float()[:, None]
+    scale_B1 = length_B1 / out
+    centre_BO = start_B1 + (torch.arange(out, device=start_B.device).float() + 0.5) * scale_B1
+    x_BOS = ((pixel_1S - centre_BO[..., None]) / scale_B1.clamp(min=1)[..., None]).abs()
+    if interpolation == "bilinear":
+        weight_BOS = (1 - x_BOS).clamp(min=0)
+    else:
+        near, far = (1.5 * x_BOS - 2.5) * x_BOS**2 + 1, ((2.5 - 0.5 * x_BOS) * x_BOS - 4) * x_BOS + 2
+        weight_BOS = torch.where(x_BOS < 1, near, torch.where(x_BOS < 2, far, 0.0))
+    inside_BS = (pixel_1S > start_B1) & (pixel_1S < start_B1 + length_B1)
+    weight_BOS = weight_BOS * inside_BS[:, None]
+    return weight_BOS / weight_BOS.sum(-1, keepdim=True)
+
+
+def _common_size(feeder: Feeder, channels: int) -> tuple[int, int]:
+    heights_N, widths_N, _ = feeder.store.describe(np.arange(feeder.num_samples))
+    smallest, largest = ((int(bound(heights_N)), int(bound(widths_N))) for bound in (np.min, np.max))
+    if smallest != largest:
+        raise ValueError(
+            f"data.decoder=resident needs images of one size, found {smallest[0]} x {smallest[1]} to {largest[0]} x "
+            f"{largest[1]} pixels: use data.decoder=cpu, or pack them with one size"
+        )
+    if (total := feeder.num_samples * largest[0] * largest[1] * channels) > MAX_BYTES:
+        raise ValueError(
+            f"data.decoder=resident would keep {total / 2**30:.0f} GiB of images on the device: use data.decoder=cpu"
+        )
+    return largest

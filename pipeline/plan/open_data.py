@@ -1,0 +1,137 @@
+"""data.path -> [source] -> loader: opens whatever the path names, as a feeder of planned steps.
+
+folder, or URL of a folder    packed dataset: every promise holds
+file.beton                    FFCV's file: every promise but checksums
+tars: {000..146}.tar          plain WebDataset stream: no global order, resumes only on as many ranks (stream_wds.py)
+"""
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+from patchmill.pipeline.config import DataConfig
+from patchmill.pipeline.plan.feed import CropConfig, Feeder, SampleStore
+from patchmill.pipeline.plan.order import EpochOrder, Order, SequentialOrder, WindowOrder
+from patchmill.pipeline.plan.stream import AnyFeeder, StreamFeeder, count_samples
+from patchmill.pipeline.read.beton import BetonReader
+from patchmill.pipeline.read.manifest import open_dataset
+from patchmill.pipeline.read.quarantine import Quarantine
+from patchmill.pipeline.read.remote import ShardCache, open_remote_dataset
+from patchmill.pipeline.read.shards import ShardReader
+from patchmill.pipeline.read.urls import expand_braces, is_url, redact
+
+GIB = 1 << 30
+
+
+def open_feeder(
+    config: DataConfig, *, aspect: float, channels: int, seed: int, global_batch: int, rank: int, world_size: int
+) -> tuple[AnyFeeder, dict[str, Any]]:
+    """Opens the data.
+
+    Args:
+        aspect: width / height of the images to be made.
+        channels: of the images to be made.
+
+    Returns:
+        The feeder, and what its order depends on, by name: a run goes on only where these are the same.
+
+    Raises:
+        ValueError, OSError: what is wrong, and how to mend it.
+    """
+    if not config.path:
+        raise ValueError("data.path is not set: give the folder that `patchmill shard` wrote")
+    crop = CropConfig(
+        config.crop, config.crop_rule, config.scale, config.ratio, config.crop_fraction, config.flip, aspect
+    )
+    place = {"seed": seed, "global_batch": global_batch, "repeats": config.repeats}
+    ranks = {"rank": rank, "world_size": world_size}
+    if config.path.startswith("pipe:") or redact(config.path).endswith(".tar"):
+        return _open_stream(config, crop, channels, place, ranks)
+    store, shards, cache = _open_store(config)
+    if channels != store.channels and not {channels, store.channels} <= {1, 3, 4}:
+        raise ValueError(f"{redact(config.path)} holds images of {store.channels} channels; the model takes {channels}")
+    if config.last_batch == "drop" and store.num_samples * config.repeats < global_batch:
+        raise ValueError(
+            f"{redact(config.path)} has {store.num_samples} samples, which do not fill one global batch of "
+            f"{global_batch}: use a smaller batch, or data.last_batch=fill"
+        )
+    shuffle = config.shuffle if config.shuffle != "auto" else "window" if cache else "global"
+    order = _order(shuffle, config.window_shards, shards, store.num_samples, seed)
+    if cache is not None:
+        cache.require_room(config.window_shards if isinstance(order, WindowOrder) else len(shards))
+    feeder = Feeder(
+        store,
+        order,
+        crop,
+        _quarantine(config, store.num_samples),
+        **place,
+        **ranks,
+        fill_last=config.last_batch == "fill",
+        want=cache.want if cache else None,
+    )
+    fingerprint = {
+        "dataset": store.fingerprint,
+        **place,
+        "shuffle": shuffle,
+        "window_shards": config.window_shards if shuffle == "window" else 0,
+        "last_batch": config.last_batch,
+    }
+    return feeder, fingerprint
+
+
+def _open_store(config: DataConfig) -> tuple[SampleStore, list[int], ShardCache | None]:
+    """(store, samples of each shard, cache of a remote dataset)."""
+    if is_url(config.path):
+        folder = Path(config.cache_dir or "~/.cache/patchmill").expanduser()
+        dataset, cache = open_remote_dataset(config.path, folder, int(config.cache_limit_gib * GIB))
+        reader = ShardReader(dataset, cache)
+        return reader, reader.shard_samples, cache
+    if config.path.endswith(".beton"):
+        beton = BetonReader(Path(config.path))
+        return beton, [beton.num_samples], None
+    reader = ShardReader(open_dataset(config.path))
+    return reader, reader.shard_samples, None
+
+
+def _open_stream(
+    config: DataConfig, crop: CropConfig, channels: int, place: dict[str, int], ranks: dict[str, int]
+) -> tuple[StreamFeeder, dict[str, Any]]:
+    urls = expand_braces(config.path)
+    if any(url.startswith("pipe:") for url in urls) and not config.allow_pipe:
+        raise ValueError("pipe: URLs run shell commands: allow them with data.allow_pipe if you wrote them yourself")
+    samples = config.samples_per_epoch or count_samples(urls)
+    if not 1 <= channels <= 4:
+        raise ValueError(f"plain tars hold images of 1 to 4 channels; the model takes {channels}: pack them first")
+    feeder = StreamFeeder(
+        urls,
+        crop,
+        _quarantine(config, samples),
+        **place,
+        **ranks,
+        samples_per_epoch=samples,
+        shuffle_buffer=1 if config.shuffle == "none" else config.shuffle_buffer,
+        shuffle_shards=config.shuffle != "none",
+        timeout_seconds=config.timeout_seconds,
+    )
+    names = "\n".join(redact(url) for url in urls)
+    fingerprint = {
+        "dataset": hashlib.sha256(names.encode()).hexdigest(),
+        **place,
+        "samples_per_epoch": samples,
+        "shuffle_buffer": feeder.shuffle_buffer,
+        "world_size": ranks["world_size"],
+    }
+    return feeder, fingerprint
+
+
+def _quarantine(config: DataConfig, num_samples: int) -> Quarantine:
+    path = Path(config.quarantine_path) if config.quarantine_path else None
+    return Quarantine(path, num_samples, config.max_bad_fraction)
+
+
+def _order(shuffle: str, window_shards: int, shard_samples: list[int], num_samples: int, seed: int) -> Order:
+    if shuffle == "global":
+        return EpochOrder(num_samples, seed)
+    if shuffle == "window":
+        return WindowOrder(shard_samples, seed, window_shards)
+    return SequentialOrder(num_samples)

@@ -1,0 +1,170 @@
+"""data.path=s3://..., https://... -> [remote] -> shards: whole shards, fetched ahead into a cache of limited size.
+
+Samples are small and requests are slow, so that a shard comes as one file. It is checked against the manifest's sha256
+before it gets its name: a cache never holds half a shard or a wrong one. Reading then is as for local data.
+
+Processes of one machine share the cache: a lock file lets one of them fetch a shard while the others wait for it.
+"""
+
+import fcntl
+import hashlib
+import os
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from concurrent.futures import Future
+from io import FileIO
+from pathlib import Path
+from typing import TypeVar
+
+from patchmill.pipeline.read.manifest import MANIFEST_NAME, SAMPLES_NAME, Dataset, Manifest, open_samples
+from patchmill.pipeline.read.threads import Pool
+from patchmill.pipeline.read.urls import LinkLocalError, is_forbidden, join, open_filesystem, redact, transient_errors
+
+ATTEMPTS = 5
+FIRST_PAUSE_SECONDS = 0.5  # before the second attempt; doubles each time
+DOWNLOADS = 4  # shards fetched at once
+
+Result = TypeVar("Result")
+
+
+def open_remote_dataset(url: str, cache: Path, limit_bytes: int) -> tuple[Dataset, "ShardCache"]:
+    """Fetches manifest and sample table of a packed dataset; its shards follow when they are wanted.
+
+    Args:
+        url: of the folder that holds manifest.json.
+        cache: folder for the copies; a dataset's are in a folder named by its fingerprint.
+        limit_bytes: of the shards kept.
+    """
+    address = join(url, MANIFEST_NAME)
+    text = with_retries(lambda: _cat(address), redact(address))
+    manifest = Manifest.from_json(text.decode("utf-8", "replace"), redact(address))
+    folder = cache / manifest.fingerprint()[:16]
+    folder.mkdir(parents=True, exist_ok=True)
+    table = folder / SAMPLES_NAME
+    fetch(join(url, SAMPLES_NAME), table, manifest.samples_sha256)
+    shards = ShardCache(url, manifest, folder, limit_bytes)
+    return Dataset(folder, manifest, open_samples(table, manifest.num_samples)), shards
+
+
+class ShardCache:
+    """Local copies of a remote dataset's shards, the least recently used ones dropped above a limit.
+
+    Dropping a file that is being read is safe: its bytes stay until the reader closes it.
+    """
+
+    def __init__(self, url: str, manifest: Manifest, folder: Path, limit_bytes: int) -> None:
+        self.url, self.shards, self.folder, self.limit_bytes = url, manifest.shards, folder, limit_bytes
+        self._pool = Pool(DOWNLOADS, "patchmill-fetch")
+        self._lock = threading.Lock()
+        self._fetched: OrderedDict[int, Future] = OrderedDict()
+
+    def require_room(self, shards: int) -> None:
+        """ValueError unless `shards` of the largest, and as many fetched ahead, fit into the cache."""
+        needed = sum(sorted((info.bytes for info in self.shards), reverse=True)[: 2 * shards])
+        if needed > self.limit_bytes:
+            raise ValueError(
+                f"the shards read at a time take {needed / (1 << 30):.2f} GiB and data.cache_limit_gib is "
+                f"{self.limit_bytes / (1 << 30):.2f}: raise it, or use data.shuffle=window with fewer "
+                "data.window_shards"
+            )
+
+    def open(self, shard: int) -> FileIO:
+        """Opens a shard's copy; waits until it is there. OSError when it cannot be had."""
+        while True:
+            path = self._want(shard).result()
+            try:
+                return FileIO(path)
+            except FileNotFoundError:  # dropped since, here or by another process that shares the cache
+                with self._lock:
+                    self._fetched.pop(shard, None)
+
+    def want(self, shards: list[int]) -> None:
+        """Begins to fetch shards that will be read soon."""
+        for shard in shards:
+            self._want(shard)
+
+    def close(self) -> None:
+        """Ends the downloads."""
+        self._pool.close()
+
+    def _want(self, shard: int) -> Future:
+        with self._lock:
+            future = self._fetched.get(shard)
+            if future is None:  # a shard that could not be had is not asked for again: its samples are bad
+                future = self._fetched[shard] = self._pool.submit(self._fetch, shard)
+            self._fetched.move_to_end(shard)
+            return future
+
+    def _fetch(self, shard: int) -> Path:
+        info = self.shards[shard]
+        path = self.folder / info.name
+        fetch(join(self.url, info.name), path, info.sha256)
+        with self._lock:
+            self._drop_oldest()
+        return path
+
+    def _drop_oldest(self) -> None:
+        """Drops copies, the least recently wanted first, until the rest is within the limit."""
+        there = {shard: self.folder / self.shards[shard].name for shard in self._fetched}
+        there = {shard: path for shard, path in there.items() if path.exists()}
+        kept = sum(self.shards[shard].bytes for shard in there)
+        for shard, path in list(there.items())[:-1]:
+            if kept <= self.limit_bytes:
+                break
+            kept -= self.shards[shard].bytes
+            del self._fetched[shard]
+            path.unlink(missing_ok=True)
+
+
+def fetch(url: str, path: Path, sha256: str) -> None:
+    """Copies a remote file to `path`, whole and with this sha256 (hex), or not at all; does nothing if it is there."""
+    lock = os.open(path.with_name(path.name + ".lock"), os.O_CREAT | os.O_RDWR)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not path.exists():
+            with_retries(lambda: _fetch_once(url, temporary, sha256), redact(url))
+            temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+        os.close(lock)
+
+
+def with_retries(action: Callable[[], Result], name: str) -> Result:
+    """`action()`, up to ATTEMPTS times with growing pauses; the error after the last names what and why."""
+    failure = ""
+    for attempt in range(ATTEMPTS):
+        if attempt:
+            time.sleep(FIRST_PAUSE_SECONDS * 2 ** (attempt - 1))
+        try:
+            return action()
+        except FileNotFoundError:
+            raise FileNotFoundError(f"nothing at {name}: check the address") from None
+        except LinkLocalError as error:
+            raise ValueError(f"{name}: {error}") from None
+        except WrongBytes as error:
+            failure = str(error)
+        except transient_errors() as error:
+            if is_forbidden(error):
+                raise PermissionError(f"no permission to read {name}: check the credentials") from None
+            failure = type(error).__name__  # its text may hold the whole address, with its signature
+    raise OSError(f"{name} could not be fetched in {ATTEMPTS} attempts (the last: {failure})")
+
+
+class WrongBytes(ValueError):
+    """A copy that differs from what the manifest says."""
+
+
+def _fetch_once(url: str, temporary: Path, sha256: str) -> None:
+    filesystem, remote = open_filesystem(url)
+    filesystem.get_file(remote, str(temporary))
+    with temporary.open("rb") as file:
+        if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
+            raise WrongBytes(f"{temporary.stat().st_size} bytes arrived, and not those of the manifest's sha256")
+
+
+def _cat(url: str) -> bytes:
+    filesystem, remote = open_filesystem(url)
+    return filesystem.cat_file(remote)

@@ -1,0 +1,129 @@
+"""dataset -> [shards] -> decode: the bytes of samples, checked.
+
+Decoders return wrong pixels without an error for most damage in a JPEG's body, and one sample that does make DALI fail
+costs its whole batch. So every read checks size, crc32 and, for JPEG, the first bytes and an end marker. What fails is
+returned as a `BadSample`, never skipped in silence; feed.py decides what takes its place.
+
+Shards are read with pread and not mapped: a shard that is cut while it is mapped kills the process with SIGBUS.
+"""
+
+import os
+import threading
+import zlib
+from collections import OrderedDict
+from dataclasses import dataclass
+from io import FileIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from patchmill.pipeline.read.manifest import Dataset, ImageFormat
+from patchmill.pipeline.read.remote import ShardCache
+
+OPEN_SHARDS = 512  # files held open at most; a process may usually have 1024
+JPEG_START, JPEG_END = b"\xff\xd8\xff", b"\xff\xd9"
+
+
+@dataclass(frozen=True)
+class BadSample:
+    """A sample that cannot be used: its index, where it lies and why."""
+
+    index: int
+    where: str
+    reason: str
+
+
+class ShardReader:
+    """Reads samples of a packed dataset by index; safe to use from many threads.
+
+    Args:
+        dataset: an opened dataset.
+        cache: fetches the shards of a remote dataset; without it they lie in the dataset's folder.
+    """
+
+    def __init__(self, dataset: Dataset, cache: ShardCache | None = None) -> None:
+        self.samples = dataset.samples
+        self.num_samples = dataset.manifest.num_samples
+        self.shard_names = [shard.name for shard in dataset.manifest.shards]
+        self.shard_samples = [shard.samples for shard in dataset.manifest.shards]
+        self.channels = dataset.manifest.channels
+        self.fingerprint = dataset.manifest.fingerprint()
+        self._cache = cache
+        self._open_shard = cache.open if cache else lambda shard: FileIO(dataset.shard_path(shard))
+        self._open: OrderedDict[int, FileIO] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def describe(self, sample_ids_B: NDArray[np.int64]) -> tuple[NDArray, NDArray, NDArray]:
+        """Displayed heights and widths, and labels, of samples; integer `[B]` each."""
+        rows = self.samples[sample_ids_B]
+        return rows["height"], rows["width"], rows["label"]
+
+    def read(self, sample_ids_B: NDArray[np.int64]) -> list[bytes | BadSample]:
+        """The encoded image of each sample, or what is wrong with it."""
+        rows = self.samples[sample_ids_B]
+        wanted = list(zip(sample_ids_B.tolist(), rows.tolist(), strict=True))
+        if len(wanted) > 1:  # let the kernel fetch what follows while the first is checked
+            for _, row in wanted:
+                self._announce(row[0], row[1], row[2])
+        return [self._read_one(index, row) for index, row in wanted]
+
+    def close(self) -> None:
+        """Closes the shards; reads that are under way finish first."""
+        with self._lock:
+            self._open.clear()
+        if self._cache is not None:
+            self._cache.close()
+
+    def where(self, index: int) -> str:
+        """Names a sample for people: shard, offset, and the member's name from the tar header in front of its bytes."""
+        shard, offset = int(self.samples["shard"][index]), int(self.samples["offset"][index])
+        try:
+            header = self._pread(shard, 100, max(offset - 512, 0))
+        except OSError:
+            header = b""
+        return f"{self.shard_names[shard]}:{offset}:{header.split(bytes(1), 1)[0].decode('utf-8', 'replace')}"
+
+    def _read_one(self, index: int, row: tuple) -> bytes | BadSample:
+        shard, offset, size, crc32, image_format, *_ = row
+        try:
+            data = self._pread(shard, size, offset)
+        except OSError as error:
+            return BadSample(index, self.where(index), f"cannot be read: {error.strerror or error}")
+        reason = fault(data, size, crc32, image_format)
+        return BadSample(index, self.where(index), reason) if reason else data
+
+    def _pread(self, shard: int, size: int, offset: int) -> bytes:
+        file = self._file(shard)  # held until it is read: another thread may drop it from the table meanwhile
+        return os.pread(file.fileno(), size, offset)
+
+    def _announce(self, shard: int, offset: int, size: int) -> None:
+        try:
+            file = self._file(shard)
+            os.posix_fadvise(file.fileno(), offset, size, os.POSIX_FADV_WILLNEED)
+        except OSError:
+            return  # only advice; the read itself reports what is wrong
+
+    def _file(self, shard: int) -> FileIO:
+        """An open shard. Dropping it from the table closes it as soon as no reader holds it any more."""
+        with self._lock:
+            file = self._open.get(shard)
+            if file is not None:
+                self._open.move_to_end(shard)
+                return file
+        file = self._open_shard(shard)
+        with self._lock:
+            file = self._open.setdefault(shard, file)  # another thread may have been faster
+            while len(self._open) > OPEN_SHARDS:
+                self._open.popitem(last=False)
+        return file
+
+
+def fault(data: bytes, size: int, crc32: int, image_format: int) -> str | None:
+    """What is wrong with the bytes of a sample, or None."""
+    if len(data) != size:
+        return f"cut short: {len(data)} of {size} bytes"
+    if zlib.crc32(data) != crc32:
+        return f"crc32 is {zlib.crc32(data):08x} where the sample table means {crc32:08x}"
+    if image_format == ImageFormat.JPEG and (data[:3] != JPEG_START or data.rfind(JPEG_END) < 0):
+        return "no JPEG from start to end marker"
+    return None

@@ -1,0 +1,287 @@
+"""packed samples -> [tar + .idx] -> loader: the bytes of a shard, written deterministically and walked strictly.
+
+A shard is a plain USTAR archive: mode 0644, owner 0, time 0, no names of users, regular files only, so that the same
+samples give the same bytes on any machine. Its DALI index is text: `v1.2 N`, then one line a sample with
+`extension offset size name` for each component. The offsets are known while writing, so the index costs nothing.
+
+`walk_tar` reads headers only and believes none of them: tarfile and webdataset take a damaged header for the end of the
+archive and silently drop what follows.
+"""
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO, Protocol
+
+from patchmill.pipeline.read.image_headers import IMAGE_EXTENSIONS
+from patchmill.pipeline.read.manifest import ImageFormat
+
+BLOCK = 512
+
+
+class Readable(Protocol):
+    """Anything to read from front to back; `read` gives no bytes at the end."""
+
+    def read(self, size: int, /) -> bytes: ...
+
+
+class TarDamage(ValueError):
+    """A tar whose structure cannot be trusted; the message names the byte offset."""
+
+
+def padded(size: int) -> int:
+    """Bytes that `size` bytes of content take in a tar."""
+    return -(-size // BLOCK) * BLOCK
+
+
+def tar_members(file: Readable) -> Iterator[tuple[str, bytes]]:
+    """Yields name and content of the regular files of an uncompressed tar, in order.
+
+    Knows USTAR, old V7, GNU long names and PAX paths and sizes. Only `file.read` is used: any stream will do.
+    """
+    offset, long_name, pax = 0, "", dict[str, str]()
+    while True:
+        header = _exactly(file, BLOCK, offset)
+        if not any(header):
+            break
+        size, kind = checked_header(header, offset)
+        size = int(pax.get("size", size))
+        content = _exactly(file, padded(size), offset + BLOCK)[:size]
+        offset += BLOCK + padded(size)
+        if kind == b"L":
+            long_name = content.rstrip(b"\0").decode("utf-8", "surrogateescape")
+        elif kind == b"x":
+            pax = pax_fields(content, offset)
+        elif kind != b"g":
+            if kind in (b"0", b"\0", b"7"):
+                yield long_name or pax.get("path") or header_name(header), content
+            long_name, pax = "", {}
+    while rest := file.read(1 << 20):
+        if any(rest):
+            raise TarDamage(f"has an end mark at byte {offset} but data after it: it is damaged there")
+
+
+def tar_samples(file: Readable) -> Iterator[tuple[str, dict[str, bytes]]]:
+    """Groups members that follow each other into samples: (key, content by extension), as WebDataset does.
+
+    `a/b.seg.png` has the key `a/b` and the extension `seg.png`; names without both are passed over.
+    """
+    key, parts = "", dict[str, bytes]()
+    for name, content in tar_members(file):
+        split = split_key(name)
+        if split is None:
+            continue
+        if split[0] != key and parts:
+            yield key, parts
+            parts = {}
+        key = split[0]
+        parts[split[1].lower()] = content
+    if parts:
+        yield key, parts
+
+
+def split_key(name: str) -> tuple[str, str] | None:
+    """WebDataset's rule: `a/b.c.jpg` -> (`a/b`, `c.jpg`); None for names without an extension or a stem."""
+    folder, _, base = name.rpartition("/")
+    stem, dot, extension = base.partition(".")
+    if not dot or not stem or not extension:
+        return None
+    return (f"{folder}/{stem}" if folder else stem), extension
+
+
+def _exactly(file: Readable, size: int, offset: int) -> bytes:
+    pieces, missing = [], size
+    while missing:
+        piece = file.read(missing)
+        if not piece:
+            raise TarDamage(f"ends at byte {offset + size - missing} without an end mark: it was cut short")
+        pieces.append(piece)
+        missing -= len(piece)
+    return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+
+def checked_header(header: bytes, offset: int) -> tuple[int, bytes]:
+    """(size, type flag) of a header whose checksum holds."""
+    try:
+        stored = int(header[148:156].strip(b"\0 ") or b"x", 8)
+        if header[124] & 0x80:  # GNU base-256 sizes, for members of 8 GiB and more
+            size = int.from_bytes(header[125:136], "big")
+        else:
+            size = int(header[124:136].strip(b"\0 ") or b"0", 8)
+    except ValueError:
+        raise TarDamage(f"has no tar header at byte {offset}: it is damaged there, or no tar") from None
+    if stored != sum(header) - sum(header[148:156]) + 8 * 32:
+        raise TarDamage(f"has a damaged header at byte {offset} (its checksum is wrong)")
+    return size, header[156:157]
+
+
+def header_name(header: bytes) -> str:
+    """The name in a USTAR or older header."""
+    name = header[:100].split(b"\0", 1)[0]
+    if header[257:263] == b"ustar\0":
+        prefix = header[345:500].split(b"\0", 1)[0]
+        name = prefix + b"/" + name if prefix else name
+    return name.decode("utf-8", "surrogateescape")
+
+
+def pax_fields(content: bytes, offset: int) -> dict[str, str]:
+    """Records `length key=value\\n` of a PAX header."""
+    found = {}
+    try:
+        while content.strip(b"\0"):
+            length = int(content.split(b" ", 1)[0])
+            key, value = content[: length - 1].split(b" ", 1)[1].split(b"=", 1)
+            found[key.decode()] = value.decode("utf-8", "surrogateescape")
+            content = content[length:]
+    except (ValueError, IndexError):
+        raise TarDamage(f"has a damaged PAX header at byte {offset}") from None
+    return found
+
+
+END_OF_ARCHIVE = bytes(2 * BLOCK)
+
+
+@dataclass(frozen=True, slots=True)
+class TarMember:
+    """A regular file in a tar: full name, offset of its first byte, size in bytes."""
+
+    name: str
+    offset: int
+    size: int
+
+
+def tar_header(name: str, size: int) -> bytes:
+    """The 512-byte USTAR header of a regular file; `name` is ASCII of at most 100 bytes."""
+    encoded = name.encode("ascii")
+    assert 0 < len(encoded) <= 100, name
+    assert size < 8**11, size
+    header = bytearray(BLOCK)
+    header[0 : len(encoded)] = encoded
+    header[100:108] = b"0000644\0"
+    header[108:116] = header[116:124] = b"0000000\0"
+    header[124:136] = b"%011o\0" % size
+    header[136:148] = b"00000000000\0"
+    header[148:156] = b" " * 8
+    header[156:157] = b"0"
+    header[257:265] = b"ustar\00000"
+    header[329:337] = header[337:345] = b"0000000\0"
+    header[148:156] = b"%06o\0 " % sum(header)
+    return bytes(header)
+
+
+class ShardWriter:
+    """Writes one shard and its index; `add` a sample's components together, then `finish`.
+
+    Holds only the index lines in memory. `sha256` is of the whole tar, hashed while it is written.
+    """
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file = file
+        self.bytes = 0
+        self.samples = 0
+        self._digest = hashlib.sha256()
+        self._lines: list[str] = []
+
+    def add(self, key: str, components: list[tuple[str, bytes]]) -> list[int]:
+        """Appends `<key>.<extension>` for each (extension, content); returns the offset of each content."""
+        offsets, line = [], []
+        for extension, content in components:
+            name = f"{key}.{extension}"
+            self._write(tar_header(name, len(content)))
+            offsets.append(self.bytes)
+            line.append(f"{extension} {self.bytes} {len(content)} {name}")
+            self._write(content)
+            self._write(bytes(padded(len(content)) - len(content)))
+        self._lines.append(" ".join(line))
+        self.samples += 1
+        return offsets
+
+    def finish(self) -> tuple[str, str]:
+        """Ends the archive; returns (sha256 hex of the tar, text of its index)."""
+        self._write(END_OF_ARCHIVE)
+        return self._digest.hexdigest(), index_text(self._lines)
+
+    def _write(self, data: bytes) -> None:
+        self.file.write(data)
+        self._digest.update(data)
+        self.bytes += len(data)
+
+
+def index_text(lines: list[str]) -> str:
+    """The DALI index, version 1.2, of these sample lines."""
+    return f"v1.2 {len(lines)}\n" + "".join(line + "\n" for line in lines)
+
+
+def index_of(members: list[TarMember]) -> str:
+    """The text of the DALI index of a tar with these members: consecutive members of one key make a sample."""
+    lines: list[list[str]] = []
+    last = None
+    for member in members:
+        split = split_key(member.name)
+        if split is None:
+            continue
+        if split[0] != last:
+            lines.append([])
+            last = split[0]
+        lines[-1].append(f"{split[1]} {member.offset} {member.size} {member.name}")
+    return index_text([" ".join(line) for line in lines])
+
+
+def image_format(name: str) -> ImageFormat | None:
+    """The format that a member's WebDataset extension stands for; None when it is no image of a dataset."""
+    split = split_key(name)
+    return IMAGE_EXTENSIONS.get(split[1].lower()) if split else None
+
+
+def walk_tar(file: BinaryIO) -> Iterator[TarMember]:
+    """Yields the regular files of an uncompressed tar in order, reading headers only.
+
+    Knows USTAR, old V7, GNU long names and PAX paths and sizes. TarDamage for a bad header checksum, data past the end
+    of the file, entries after the end mark, or a missing end mark (a writer was killed: what came last may be lost).
+    """
+    end = file.seek(0, 2)
+    offset, long_name, pax = 0, "", dict[str, str]()
+    while True:
+        file.seek(offset)
+        header = file.read(BLOCK)
+        if len(header) < BLOCK:
+            raise TarDamage(f"ends at byte {end} without an end mark: it was cut short")
+        if not any(header):
+            break
+        size, kind = checked_header(header, offset)
+        size = int(pax.get("size", size))
+        data = offset + BLOCK
+        if data + size > end:
+            raise TarDamage(f"member at byte {offset} claims {size} bytes past the end of the file: it was cut short")
+        if kind in (b"L", b"x", b"g"):
+            content = file.read(size)
+            if kind == b"L":
+                long_name = content.rstrip(b"\0").decode("utf-8", "surrogateescape")
+            elif kind == b"x":
+                pax = pax_fields(content, offset)
+        else:
+            if kind in (b"0", b"\0", b"7"):
+                yield TarMember(long_name or pax.get("path") or header_name(header), data, size)
+            long_name, pax = "", {}
+        offset = data + padded(size)
+    _require_only_zeros(file, offset, end)
+
+
+def walk_tar_file(path: Path) -> list[TarMember]:
+    """`walk_tar` of a local file as a list; TarDamage names the file."""
+    with path.open("rb") as file:
+        try:
+            return list(walk_tar(file))
+        except TarDamage as damage:
+            raise TarDamage(f"{path} {damage}") from None
+
+
+def _require_only_zeros(file: BinaryIO, offset: int, end: int) -> None:
+    """Nothing may follow the end mark: two zeroed headers in the middle hide the rest from every reader."""
+    file.seek(offset)
+    while chunk := file.read(1 << 20):
+        if chunk.count(0) != len(chunk):
+            raise TarDamage(f"has an end mark at byte {offset} but data after it: it is damaged there")
+    if end - offset < BLOCK:
+        raise TarDamage(f"ends at byte {end} without an end mark: it was cut short")

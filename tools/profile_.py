@@ -1,0 +1,232 @@
+"""patchmill profile: what a run spends its time on, what binds it, what would relieve it; measured in two minutes.
+
+Modes measure (profile_loader, profile_step, profile_train, profile_kernels), the verdict is arithmetic on what they
+found (profile_model, verdict, profile_remedies), and the rest draws it (profile_tables, profile_pictures, ...).
+"""
+
+import dataclasses
+import os
+import shlex
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import tyro
+from rich.console import Console
+
+from patchmill.pipeline.atomic import whole_file
+from patchmill.pipeline.read.manifest import MANIFEST_NAME
+from patchmill.tools import cli
+from patchmill.tools.pretrain import split_defaults
+from patchmill.tools.profiler import diff as profile_diff
+from patchmill.tools.profiler import report as profile_report
+from patchmill.tools.profiler import tables as profile_tables
+from patchmill.tools.profiler.bottleneck import CORES, Model, Verdict, judge
+from patchmill.tools.profiler.charts import write_pngs
+from patchmill.tools.profiler.kernels import measure_kernels
+from patchmill.tools.profiler.loader import LoaderProfile, measure_loader
+from patchmill.tools.profiler.loader_bound import loader_model, with_step
+from patchmill.tools.profiler.page import page
+from patchmill.tools.profiler.remedies import Remedy, Trial, measure_trials, remedies
+from patchmill.tools.profiler.step import StepProfile, fitting_batch, measure_step
+from patchmill.tools.profiler.timing import Neighbours
+from patchmill.tools.profiler.train import TrainProfile, measure_train
+from patchmill.tools.profiler.what_if import PlanConfig, predict
+from patchmill.trainer.config.pretrain import PretrainConfig
+from patchmill.trainer.recipes.pretrain import with_options
+from patchmill.trainer.run_folder import STATUS
+
+FOLDER = "profile-report"
+NAMED_REMEDIES = 2
+"""in the sentence"""
+MODES = ("loader", "step", "train", "kernels", "all")
+EXAMPLE = """\
+Measures a loader, a step, the training loop or our operators, and says what binds, by how much, and what would help.
+
+  patchmill profile loader --recipe mae-vit-b16 --data.path shards/
+  patchmill profile all --recipe mae-vit-b16 --data.path shards/ --out before
+  patchmill profile all --config runs/b16/config.toml --out after
+  patchmill profile loader --recipe mae-vit-l16 --data.path shards/ --plan.gpus 8 --plan.cores 128 --plan.price 2.5
+  patchmill profile plan before --gpus 8 --gpu H100 --cores 96 --disk-mb-per-s 3000
+  patchmill profile diff before after
+  torchrun --nproc-per-node 8 -m patchmill.tools.profile_ train --recipe mae-vit-l16 --data.path shards/
+
+Modes: loader, step, train, kernels, all. --recipe NAME (`patchmill recipes` lists them) or --config FILE gives the
+defaults of all options below, which are those of `patchmill pretrain`. Writes report.json, report.html, PNGs and
+trace.json.gz (for ui.perfetto.dev) to --out.
+"""
+
+
+@dataclass(frozen=True)
+class ProfileConfig:
+    """Options of measuring, and of the run that is measured."""
+
+    run: Annotated[PretrainConfig, tyro.conf.arg(name="")] = field(default_factory=PretrainConfig)
+    seconds: float = 30.0
+    """about how long each mode measures; warm-ups come on top"""
+    plan: PlanConfig = field(default_factory=PlanConfig)
+    """predicts images/s, hours and cost on another machine: --plan.gpus 8 --plan.cores 128"""
+    batch: int | None = None
+    """images of one device's step; unset: the recipe's own, on a CPU no more than about a second's work"""
+
+    def __post_init__(self) -> None:
+        if self.seconds <= 0:
+            raise ValueError(f"--seconds is {self.seconds}; it must be positive")
+        if self.batch is not None and self.batch < 1:
+            raise ValueError(f"--batch is {self.batch}; it must be at least 1")
+
+
+def main(argv: list[str]) -> int:
+    """Runs the command; argv[0] is its name."""
+    mode, *rest = argv[1:] or ["--help"]
+    if mode in ("-h", "--help"):
+        parse(["--help"])
+    if mode == "diff":
+        return profile_diff.main(rest)
+    if mode == "plan":
+        return plan(rest)
+    if mode not in MODES:
+        raise ValueError(f"profile what? one of {', '.join(MODES)}, plan REPORT or diff A B; got {mode!r}")
+    options = parse(rest)
+    if mode not in ("step", "kernels") and not options.run.data.path:
+        raise ValueError("no data: give --data.path DIR, a folder that `patchmill shard` wrote")
+    report = measure(mode, options, shlex.join(["patchmill", "profile", mode, *rest]))
+    if report is None:
+        return 0
+    folder = Path(options.run.out)
+    if options.plan.gpus:
+        report["plan"] = profile_report.plain(dataclasses.asdict(predict(report, options.plan)))
+    profile_report.write(report, folder)
+    write_pngs(report, folder)
+    with whole_file(folder / "report.html") as path:
+        path.write_text(page(report), encoding="utf-8")
+    profile_tables.show(report, Console())
+    print(f"report: {folder / 'report.html'}")
+    return 0
+
+
+@dataclass(frozen=True)
+class PlanArgs:
+    """Predicts images/s, GPU-hours and cost on a described machine from the rates of a report.
+
+    Example:
+        patchmill profile plan before --gpus 8 --gpu H100 --cores 96 --disk-mb-per-s 3000 --images 1281167 --price 2.5
+    """
+
+    report: tyro.conf.Positional[Path]
+    """folder or report.json of an earlier `patchmill profile`"""
+    machine: Annotated[PlanConfig, tyro.conf.arg(name="")] = field(default_factory=lambda: PlanConfig(gpus=1))
+
+
+def plan(argv: list[str]) -> int:
+    """Runs `patchmill profile plan`."""
+    args = cli.parse(PlanArgs, "profile plan", argv)
+    if not args.machine.gpus:
+        raise ValueError("--gpus is 0; give the machine one at least")
+    report = profile_report.read(args.report)
+    profile_tables.show({"plan": dataclasses.asdict(predict(report, args.machine))}, Console())
+    return 0
+
+
+def parse(argv: list[str]) -> ProfileConfig:
+    """The options of a command line. Raises ValueError for what cannot be right."""
+    run, rest = split_defaults(argv, "to profile")
+    return tyro.cli(
+        ProfileConfig,
+        prog="patchmill profile MODE",
+        description=EXAMPLE,
+        default=ProfileConfig(run=dataclasses.replace(run, out=FOLDER)),  # never a run's own folder
+        args=rest,
+    )
+
+
+def measure(mode: str, options: ProfileConfig, command: str) -> dict[str, Any] | None:
+    """Measures and judges; the report, None on every rank but the first."""
+    device = _device(options.run)
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    if ranks > 1 and mode != "train":
+        raise ValueError(f"profile {mode} measures one rank; start it without torchrun (train takes several)")
+    config = fitting_batch(options.run, device, options.batch, ranks)
+    folder = _folder(Path(config.out))
+    sections: dict[str, Any] = {}
+    say = Console(stderr=True).print if _is_first() else _say_nothing
+    with Neighbours() as around:
+        if mode in ("kernels", "all"):
+            say("[dim]measuring our operators")
+            sections["kernels"] = measure_kernels(config, device)
+        if mode in ("step", "all"):
+            say("[dim]measuring the step")
+            sections["step"] = measure_step(config, device, options.seconds, folder / "trace.json.gz")
+        trials: list[Trial] = []
+        if mode in ("loader", "all"):
+            say("[dim]measuring the loader")
+            sections["loader"] = measure_loader(config, device, options.seconds)
+            trials = measure_trials(config, device, options.seconds / 6)
+        if mode in ("train", "all"):
+            say("[dim]running the training loop")
+            whole = with_options(config, train__global_batch=config.train.global_batch * ranks)
+            sections["train"] = measure_train(whole, device, options.seconds)
+    if not _is_first():
+        return None
+    model, verdict, found = conclude(sections, trials, config, around.noise)
+    return profile_report.make(mode, command, config, device, sections, model, verdict, found, around.noise)
+
+
+def _folder(out: Path) -> Path:
+    """Makes the folder of a report. Raises ValueError where something else stands there."""
+    for name, what in ((STATUS, "a run"), (MANIFEST_NAME, "a dataset")):
+        if (out / name).exists():
+            raise ValueError(f"--out {out} holds {what}; choose another folder for the report")
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out {out} is a file; choose a folder for the report")
+    out.mkdir(parents=True, exist_ok=True)
+    return out
+
+
+def conclude(
+    sections: dict[str, Any], trials: list[Trial], config: PretrainConfig, noise: str | None
+) -> tuple[Model | None, Verdict | None, list[Remedy]]:
+    """What the measurements mean: the model of the stages, what binds, and what would help."""
+    loader: LoaderProfile | None = sections.get("loader")
+    step: StepProfile | None = sections.get("step")
+    train: TrainProfile | None = sections.get("train")
+    model: Model | None = None
+    if loader is not None:
+        model = loader_model(loader)
+    if step is not None:
+        base = model or Model([], {CORES: float(len(os.sched_getaffinity(0)))})
+        model = with_step(base, step.seconds_per_image, step.cpu_seconds / step.batch, step.seconds.spread)
+    measured = None
+    if loader is not None and step is None:
+        measured = loader.together.images_per_s.median
+    if train is not None:
+        measured = train.images_per_s / train.world_size
+    verdict = judge(model, noise, measured) if model is not None else None
+    if train is not None and (model is None or len(train.ranks) > 1):
+        model, verdict = train.model(), train.judge(noise)
+    found = remedies(model, [*trials, *(step.trials if step else [])], config.data.repeats) if model else []
+    if verdict is not None and found:
+        best = ", ".join(f"{remedy.title} (x{remedy.gain:.1f})" for remedy in found[:NAMED_REMEDIES])
+        verdict = dataclasses.replace(verdict, sentence=f"{verdict.sentence} Would help: {best}.")
+    return model, verdict, found
+
+
+def _device(config: PretrainConfig) -> torch.device:
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device cuda was asked for but torch sees no CUDA device; use --device cpu")
+    kind = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
+    return torch.device(kind, int(os.environ.get("LOCAL_RANK", "0"))) if kind == "cuda" else torch.device("cpu")
+
+
+def _is_first() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _say_nothing(*_: object) -> None:
+    pass
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run("profile", sys.argv[1:]))

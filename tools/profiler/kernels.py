@@ -1,0 +1,147 @@
+"""random images and tokens -> [patchmill profile kernels] -> our operators against a copy of as many bytes.
+
+An operator that moves little more than it must is bound by memory, so that a large copy measured in the same run is its
+ceiling. Bytes count every input once and every output once. Imports torch alone: benchmarks/bench_kernels.py sets the
+same work beside the published formulation.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from patchmill.kernels.backend import active_backend
+from patchmill.kernels.gather import gather_patches, gather_tokens
+from patchmill.kernels.masked_loss import masked_mse
+from patchmill.kernels.permute import mask_indices
+from patchmill.kernels.unshuffle import unshuffle
+from patchmill.tools.profiler.timing import Measured, copy_bytes_per_second, timed_in_turns
+from patchmill.trainer.config.pretrain import PretrainConfig
+from patchmill.trainer.engine.world import autocast_dtype
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True)
+class Operator:
+    """One row: the operator as it is called, and the fewest bytes that it can move."""
+
+    name: str
+    call: Callable[[], object]
+    bytes_moved: int
+
+
+@dataclass(frozen=True)
+class OperatorTime:
+    """One operator, measured."""
+
+    name: str
+    seconds: Measured
+    mb: float
+    of_copy: float
+    """bytes per second over those of the copy"""
+
+
+@dataclass(frozen=True)
+class KernelsProfile:
+    """Our operators on one device."""
+
+    backend: str
+    batch: int
+    dtype: str
+    copy_gb_per_s: float
+    operators: list[OperatorTime]
+
+
+class Workload:
+    """A batch of one model's sizes: B images, L patches, K kept, M masked, P values per patch, E decoder width.
+
+    One class token; three channels; three of four patches masked.
+    """
+
+    def __init__(
+        self, patch: int, image_hw: tuple[int, int], width: int, batch: int, device: str, dtype: torch.dtype
+    ) -> None:
+        self.patch, self.width, self.dtype = patch, width, dtype
+        self.B, self.L = batch, (image_hw[0] // patch) * (image_hw[1] // patch)
+        self.K = self.L // 4
+        self.M, self.P = self.L - self.K, 3 * self.patch**2
+        self.images = torch.randint(0, 256, (batch, *image_hw, 3), dtype=torch.uint8, device=device)
+        self.samples = torch.arange(batch, device=device)
+        self.keep, self.mask, self.restore = mask_indices(0, 0, self.samples, self.L, self.K)
+
+        def leaf(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+            return torch.randn(*shape, device=device).to(dtype).requires_grad_()
+
+        self.tokens = leaf(batch, 1 + self.L, width)
+        self.x = leaf(batch, 1 + self.K, width)
+        self.token = leaf(width, dtype=torch.float32)
+        self.decoder_pos = torch.randn(1 + self.L, width, device=device)
+        self.pred = leaf(batch, self.M, self.P)
+        self.grad_rows = torch.randn(batch, self.M, width, device=device).to(dtype)
+        self.grad_tokens = torch.randn(batch, 1 + self.L, width, device=device).to(dtype)
+
+    def our_masks(self) -> tuple[Tensor, ...]:
+        """Mask indices of a batch."""
+        return mask_indices(0, 0, self.samples, self.L, self.K)
+
+    def our_patches(self) -> Tensor:
+        """Visible patches, normalised."""
+        return gather_patches(self.images, self.keep, self.patch, MEAN, STD, self.dtype)
+
+    def our_tokens(self) -> tuple[Tensor, ...]:
+        """The masked tokens of the last decoder block, and their gradient."""
+        return torch.autograd.grad(gather_tokens(self.tokens, self.mask, None, 1), self.tokens, self.grad_rows)
+
+    def our_unshuffle(self) -> tuple[Tensor, ...]:
+        """Decoder tokens, and their gradients."""
+        out = unshuffle(self.x, self.token, self.decoder_pos, self.restore, 1)
+        return torch.autograd.grad(out, (self.x, self.token), self.grad_tokens)
+
+    def our_loss(self) -> tuple[Tensor, ...]:
+        """Loss, and its gradient."""
+        loss = masked_mse(self.pred, self.images, self.mask, self.patch, MEAN, STD, True)
+        return torch.autograd.grad(loss, self.pred)
+
+    def our_step(self) -> list[Tensor]:
+        """The work of a step outside the network."""
+        keep, mask, restore = self.our_masks()
+        patches = gather_patches(self.images, keep, self.patch, MEAN, STD, self.dtype)
+        out = unshuffle(self.x, self.token, self.decoder_pos, restore, 1)
+        loss = masked_mse(self.pred, self.images, mask, self.patch, MEAN, STD, True)
+        return [patches, *torch.autograd.grad((out, loss), (self.x, self.token, self.pred), (self.grad_tokens, None))]
+
+    def operators(self) -> list[Operator]:
+        """Every row, with its bytes: ids are 4 bytes, pixels 1, tokens and predictions `item`."""
+        item, ids = self.dtype.itemsize, 4 * self.B
+        row, kept, rows = self.width * item, self.B * (1 + self.K), self.B * (1 + self.L)
+        masks = ids * 2 * self.L + 8 * self.B
+        patches = self.B * self.K * self.P * (1 + item) + ids * self.K
+        tokens = row * (3 * self.B * self.M + rows) + 2 * ids * self.M
+        shuffle = 2 * row * (kept + rows) + 2 * ids * self.L + 4 * self.width * (1 + self.L)
+        loss = self.B * self.M * self.P * (1 + 4 * item) + ids * self.M
+        return [
+            Operator("mask indices", self.our_masks, masks),
+            Operator("gather patches", self.our_patches, patches),
+            Operator("gather tokens, fwd + bwd", self.our_tokens, tokens),
+            Operator("unshuffle, fwd + bwd", self.our_unshuffle, shuffle),
+            Operator("masked loss, fwd + bwd", self.our_loss, loss),
+            Operator("all together", self.our_step, masks + patches + shuffle + loss),
+        ]
+
+
+def measure_kernels(config: PretrainConfig, device: torch.device, repeats: int = 15) -> KernelsProfile:
+    """Times the operators at the sizes of a config, taking turns."""
+    model, batch = config.model, config.train.global_batch
+    dtype = autocast_dtype(config.train.precision, device) or torch.float32
+    workload = Workload(model.patch_size, model.image_hw, model.decoder_embed_dim, batch, str(device), dtype)
+    copy = copy_bytes_per_second(str(device), repeats=5)
+    operators = workload.operators()
+    taken = timed_in_turns({operator.name: operator.call for operator in operators}, str(device), repeats)
+    rows = []
+    for operator in operators:
+        seconds = Measured.of(taken[operator.name])
+        of_copy = operator.bytes_moved / seconds.median / copy
+        rows.append(OperatorTime(operator.name, seconds, operator.bytes_moved / 1e6, of_copy))
+    return KernelsProfile(active_backend(workload.x), batch, str(dtype).removeprefix("torch."), copy / 1e9, rows)

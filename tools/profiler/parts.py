@@ -1,0 +1,248 @@
+"""one update -> [profile_parts] -> seconds of the model's own parts, forward and backward, and a trace to look at.
+
+torch.profiler sees operators; people think in parts. Hooks put each module's forward pass under its part's name while
+the profiler runs, and nothing of them stays. An operator of the backward pass carries the sequence number of the
+forward one that it belongs to, which is how it finds its part. What follows the backward pass is the guard (gradient
+norm, decision, average over ranks) and the optimizer. The same ranges are written into the trace (ui.perfetto.dev).
+"""
+
+import gzip
+import json
+import os
+import re
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import DeviceType  # type: ignore[attr-defined]
+from torch.profiler import ProfilerActivity, profile, record_function
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+from patchmill.tools.profiler.timing import wait_for
+
+MARK = "part: "
+
+BACKWARD = "autograd::engine::evaluate_function"
+
+REST = "rest of the model"
+
+OPERATORS = {
+    "patchmill::gather_patches": "patch gather",
+    "patchmill::unshuffle": "unshuffle",
+    "patchmill::masked_loss": "loss",
+}
+"""our operators that the model calls outside of any module"""
+
+PARTS = (
+    (r"patch_embed", "patch embed"),
+    (r"blocks\.\d+\.attn", "encoder attention"),
+    (r"blocks\.\d+\.mlp", "encoder MLP"),
+    (r"blocks\.\d+(\.norm\d)?|norm", "encoder norms, residuals"),
+    (r"decoder_embed", "decoder embed"),
+    (r"decoder_blocks\.\d+\.(attn|cross\w*)", "decoder attention"),
+    (r"decoder_blocks\.\d+\.mlp", "decoder MLP"),
+    (r"decoder_blocks\.\d+(\.norm\w*)?|decoder_norm", "decoder norms, residuals"),
+    (r"decoder_pred|head", "head"),
+    (r"target", "loss"),
+)
+"""name of a module -> part; the first that fits"""
+
+
+@dataclass(frozen=True)
+class Part:
+    """Seconds of one update; forward holds all of what has no backward pass."""
+
+    name: str
+    forward: float
+    backward: float
+
+
+@dataclass(frozen=True)
+class Parts:
+    """One update taken apart."""
+
+    parts: list[Part]
+    wall: float
+    """seconds of the profiled update"""
+
+    @property
+    def explained(self) -> float:
+        """Share of the wall time that lies in the parts; on a GPU the rest is time in which it had nothing to do."""
+        return sum(part.forward + part.backward for part in self.parts) / self.wall
+
+
+def part_of(module: str) -> str | None:
+    """The part that a module of this name is, None for those inside one.
+
+    Example: "blocks.3.mlp" -> "encoder MLP"; "blocks.3.mlp.fc1" -> None.
+    """
+    if not module:
+        return REST
+    return next((part for pattern, part in PARTS if re.fullmatch(pattern, module)), None)
+
+
+def take_apart(
+    model: nn.Module, step: Callable[[], object], device: torch.device, trace: Path | None, steps: int = 3
+) -> Parts:
+    """Profiles a few updates of an eager model.
+
+    Args:
+        step: one update; it ran before.
+        trace: a .json.gz file to write, None for none.
+    """
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it would tell stderr that it starts and stops
+    activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device.type == "cuda" else [])
+    with _named_parts(model), profile(activities=activities) as seen:
+        wait_for(device)
+        start = time.perf_counter()
+        for _ in range(steps):
+            step()
+        wait_for(device)
+        wall = time.perf_counter() - start
+    events = sorted(seen.events() or [], key=lambda event: event.time_range.start)
+    owners = _owners(events)
+    seconds: dict[str, list[float]] = {}
+    for event, (part, backward) in owners:
+        own = event.self_device_time_total if device.type == "cuda" else event.self_cpu_time_total
+        seconds.setdefault(part, [0.0, 0.0])[backward] += own / 1e6 / steps
+    if trace is not None:
+        _write_trace(seen, {event.sequence_nr: part for event, (part, back) in owners if back}, trace)
+    parts = [Part(name, *both) for name, both in seconds.items() if sum(both) > 0]
+    return Parts(sorted(parts, key=lambda part: -part.forward - part.backward), wall / steps)
+
+
+@contextmanager
+def around_parts(model: nn.Module, enter: Callable[[str], object], leave: Callable[[], object]) -> Iterator[None]:
+    """Calls `enter(part)` before each part's forward pass and `leave()` after it; parts may lie within parts."""
+
+    def before(part: str) -> Callable[..., None]:
+        def hook(*_: object) -> None:
+            enter(part)
+
+        return hook
+
+    def after(*_: object) -> None:
+        leave()
+
+    with ExitStack() as hooks:
+        for name, module in model.named_modules():
+            part = part_of(name)
+            if part is not None:
+                hooks.callback(module.register_forward_pre_hook(before(part)).remove)
+                hooks.callback(module.register_forward_hook(after).remove)
+        yield
+
+
+@contextmanager
+def _named_parts(model: nn.Module) -> Iterator[None]:
+    """Puts each part's forward pass under its name, for the profiler."""
+    ranges: list[Any] = []
+
+    def enter(part: str) -> None:
+        ranges.append(record_function(MARK + part))
+        ranges[-1].__enter__()
+
+    with around_parts(model, enter, lambda: ranges.pop().__exit__(None, None, None)):
+        yield
+
+
+def _owners(events: list[Any]) -> list[tuple[Any, tuple[str, bool]]]:
+    """Each operator's part, and whether it is of the backward pass."""
+    forward_part: dict[int, str] = {}
+    found: list[tuple[Any, tuple[str, bool]]] = []
+    last_backward, backward_began = REST, False
+    for event in events:
+        if event.name == "ProfilerStep" or event.device_type != DeviceType.CPU:
+            continue
+        chain = [event, *_parents(event)]
+        top = next((each for each in chain if each.name.startswith(BACKWARD)), None)
+        if top is not None:
+            backward_began = True
+            last_backward = forward_part.get(top.sequence_nr, last_backward)
+            found.append((event, (last_backward, True)))
+            continue
+        part = next((each.name.removeprefix(MARK) for each in chain if each.name.startswith(MARK)), None)
+        if part is not None:
+            backward_began = False
+            if part == REST:
+                part = next((OPERATORS[each.name] for each in chain if each.name in OPERATORS), REST)
+            if event.sequence_nr >= 0:
+                forward_part[event.sequence_nr] = part
+        elif any(each.name.startswith("Optimizer.") for each in chain):
+            part = "optimizer"
+        else:
+            part = "guard" if backward_began else "rest of the update"
+        found.append((event, (part, False)))
+    return found
+
+
+def _parents(event: Any) -> Iterator[Any]:
+    while (event := event.cpu_parent) is not None:
+        yield event
+
+
+def _write_trace(seen: Any, backward_parts: dict[int, str], path: Path) -> None:
+    """The profiler's trace with the ranges of the parts in it, those of the backward pass too."""
+    plain = path.with_suffix("")
+    seen.export_chrome_trace(str(plain))
+    trace = json.loads(plain.read_text(encoding="utf-8"))
+    plain.unlink()
+    ranges: list[dict[str, Any]] = []
+    for event in sorted(trace["traceEvents"], key=lambda event: event.get("ts", 0)):
+        name = str(event.get("name", ""))
+        if name.startswith(MARK):
+            event["name"] = name.removeprefix(MARK)
+        elif name.startswith(BACKWARD):
+            number = event.get("args", {}).get("Sequence number", -1)
+            part = backward_parts.get(number)
+            part = f"{part}, backward" if part else ranges[-1]["name"] if ranges else f"{REST}, backward"
+            last = ranges[-1] if ranges else None
+            if last and last["name"] == part and last["tid"] == event["tid"]:
+                last["dur"] = event["ts"] + event["dur"] - last["ts"]
+            else:
+                ranges.append({**event, "name": part, "cat": "user_annotation", "args": {}})
+    trace["traceEvents"] += ranges
+    with gzip.open(path, "wt", encoding="utf-8") as file:
+        json.dump(trace, file)
+
+
+class Counter(TorchDispatchMode):
+    """Adds up FLOPs and bytes of operators, by the part that is on top of the stack.
+
+    Attributes:
+        counts: part -> [FLOPs, bytes].
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stack: list[str] = []
+        self.counts: dict[str, list[float]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Runs an operator and counts it."""
+        out = func(*args, **(kwargs or {}))
+        part = self.stack[-1] if self.stack else REST
+        if part == REST:
+            part = OPERATORS.get(func.name().split(".")[0], REST)
+        sums = self.counts.setdefault(part, [0.0, 0.0])
+        formula = flop_registry.get(func.overloadpacket)
+        if formula is not None:
+            sums[0] += formula(*args, **(kwargs or {}), out_val=out)
+        if not any(each.alias_info is not None and not each.alias_info.is_write for each in func._schema.returns):
+            tensors = [leaf for leaf in tree_leaves((args, kwargs, out)) if isinstance(leaf, Tensor)]
+            sums[1] += sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        return out
+
+
+def count_forward(model: nn.Module, forward: Callable[[], object]) -> dict[str, tuple[float, float]]:
+    """(FLOPs, bytes) of each part in one forward pass."""
+    with torch.no_grad(), Counter() as counter, around_parts(model, counter.stack.append, counter.stack.pop):
+        forward()
+    return {part: (flops, size) for part, (flops, size) in counter.counts.items()}

@@ -1,0 +1,101 @@
+"""measurements -> [profile_report] -> report.json: everything that was measured, concluded and assumed, for tools.
+
+The schema is documented in docs/profile.md and numbered: readers refuse a report of another number.
+"""
+
+import dataclasses
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from patchmill import __version__
+from patchmill.pipeline.atomic import whole_file
+from patchmill.tools.profiler import machine
+from patchmill.tools.profiler.bottleneck import Model, Verdict
+from patchmill.tools.profiler.remedies import Remedy
+from patchmill.tools.profiler.timing import environment
+from patchmill.trainer.config.pretrain import PretrainConfig
+from patchmill.trainer.flops import train_flops_per_image
+
+SCHEMA = 1
+FILE = "report.json"
+
+
+def make(
+    mode: str,
+    command: str,
+    config: PretrainConfig,
+    device: torch.device,
+    sections: dict[str, Any],
+    model: Model | None,
+    verdict: Verdict | None,
+    remedies: Sequence[Remedy],
+    noise: str | None,
+) -> dict[str, Any]:
+    """A report as plain values, fit for JSON.
+
+    Args:
+        sections: what was measured, dataclasses by name: loader, step, train, kernels.
+        model, verdict: what was concluded; None for kernels alone.
+        noise: what disturbed the measurements; None on a quiet machine.
+    """
+    report: dict[str, Any] = {
+        "schema": SCHEMA,
+        "mode": mode,
+        "command": command,
+        "patchmill": __version__,
+        "machine": environment(str(device)) | {"date": machine.today()},
+        "noise": noise,
+        "device": device.type,
+        "flops_per_image": train_flops_per_image(config.model, config.mask),
+        "config": plain(dataclasses.asdict(config)),
+    }
+    report |= {name: plain(dataclasses.asdict(section)) for name, section in sections.items()}
+    if model is not None and verdict is not None:
+        report["model"] = {
+            "servers": dict(model.servers),
+            "stages": [plain(dataclasses.asdict(stage)) for stage in model.stages],
+            "supplies": model.supplies(),
+        }
+        report["verdict"] = plain(dataclasses.asdict(verdict))
+        report["remedies"] = [plain(dataclasses.asdict(remedy)) for remedy in remedies]
+    return report
+
+
+def write(report: dict[str, Any], folder: Path) -> Path:
+    """Writes report.json whole or not at all; returns its path."""
+    with whole_file(folder / FILE) as path:
+        path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    return folder / FILE
+
+
+def read(path: Path) -> dict[str, Any]:
+    """A report from its file or its folder. Raises ValueError for what is none."""
+    file = path / FILE if path.is_dir() else path
+    try:
+        report = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"no report at {path}: `patchmill profile loader --out {path} ...` writes one") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file} is no report ({error})") from None
+    if not isinstance(report, dict) or report.get("schema") != SCHEMA:
+        found = report.get("schema") if isinstance(report, dict) else None
+        raise ValueError(f"{file} has schema {found!r} and this program reads {SCHEMA}: profile again")
+    return report
+
+
+def plain(value: Any) -> Any:
+    """Only what JSON knows: floats that are finite, lists, strings for keys."""
+    if isinstance(value, dict):
+        return {str(key): plain(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(inner) for inner in value]
+    if isinstance(value, Path | torch.device):
+        return str(value)
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value

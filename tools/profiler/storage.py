@@ -1,0 +1,96 @@
+"""dataset -> [profile_storage] -> how fast its samples are read, from the page cache and from below it.
+
+Cold reads come after the kernel was asked to drop the shards' pages (posix_fadvise, which needs no rights). Whether it
+did is asked page by page (preadv with RWF_NOWAIT answers only from the cache), and told in the result: a host
+below a virtual machine may still hold what the guest dropped.
+"""
+
+import os
+import statistics
+import time
+from dataclasses import dataclass
+from io import FileIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from patchmill.pipeline.read.manifest import Dataset
+from patchmill.pipeline.read.threads import Pool
+
+AT_ONCE = 8  # samples of one task, as the decoders have it
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Reads of whole samples in random order, as many threads as the loader has."""
+
+    images_per_s: float
+    mb_per_s: float
+    p50_ms: float
+    """of one read"""
+    p95_ms: float
+    p99_ms: float
+    from_cache: float | None
+    """share of the samples whose first page lay in the page cache just before; None where the system does not tell"""
+
+
+def measure_storage(dataset: Dataset, workers: int, seconds: float, seed: int = 0) -> dict[str, Reading]:
+    """Reads random samples for about `seconds`, cold first (each sample once), then the same warm."""
+    ids = np.random.default_rng(seed).permutation(len(dataset))
+    rows = dataset.samples[ids]
+    files = {int(shard): FileIO(dataset.shard_path(int(shard))) for shard in np.unique(rows["shard"])}
+    try:
+        for file in files.values():
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        cold, used = _read(files, rows, workers, seconds / 2)
+        warm, _ = _read(files, rows[:used], workers, seconds / 2)
+    finally:
+        for file in files.values():
+            file.close()
+    return {"cold": cold, "warm": warm}
+
+
+def _read(files: dict[int, FileIO], rows: NDArray, workers: int, seconds: float) -> tuple[Reading, int]:
+    """Reads rows in order until the time is over; the result, and how many were read."""
+    cached = _cached_share(files, rows[:200])
+    latencies: list[float] = []
+
+    def read(part: NDArray) -> int:
+        size = 0
+        for shard, offset, length in zip(part["shard"], part["offset"], part["size"], strict=True):
+            start = time.perf_counter()
+            size += len(os.pread(files[int(shard)].fileno(), int(length), int(offset)))
+            latencies.append(time.perf_counter() - start)
+        return size
+
+    total, done, wave = 0, 0, AT_ONCE * workers * 4
+    start = time.perf_counter()
+    with Pool(workers, "patchmill-profile") as pool:
+        while not done or (done < len(rows) and time.perf_counter() - start < seconds):
+            parts = [rows[at : at + AT_ONCE] for at in range(done, min(done + wave, len(rows)), AT_ONCE)]
+            total += sum(task.result() for task in [pool.submit(read, part) for part in parts])
+            done += sum(map(len, parts))
+    wall = time.perf_counter() - start
+    p50, p95, p99 = percentiles(latencies)
+    return Reading(done / wall, total / wall / 1e6, 1e3 * p50, 1e3 * p95, 1e3 * p99, cached), done
+
+
+def percentiles(values: list[float]) -> tuple[float, float, float]:
+    """The 50th, 95th and 99th."""
+    if len(values) < 2:
+        return (values[0],) * 3 if values else (0.0,) * 3
+    cuts = statistics.quantiles(values, n=100, method="inclusive")
+    return cuts[49], cuts[94], cuts[98]
+
+
+def _cached_share(files: dict[int, FileIO], rows: NDArray) -> float | None:
+    hits = 0
+    for row in rows:
+        try:
+            os.preadv(files[int(row["shard"])].fileno(), [bytearray(1)], int(row["offset"]), os.RWF_NOWAIT)
+            hits += 1
+        except BlockingIOError:
+            continue
+        except (OSError, AttributeError):  # a file system without it, or not Linux
+            return None
+    return hits / len(rows)

@@ -1,0 +1,191 @@
+"""candidates -> [timing] -> medians and spreads of alternated repeats, measured ceilings, and what else was running.
+
+Candidates take turns, so that whatever else the machine does falls on all of them, and the median of each is kept. On a
+CUDA device a candidate is captured in a graph and the graph's replays are timed with events: launches from Python would
+hide kernels that run for a few microseconds. On a CPU the clock is perf_counter, or, where the machine is shared, the
+CPU time of this process: with one thread that is what the wall clock would show on a quiet machine.
+"""
+
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+import torch
+
+from patchmill.tools.profiler import machine
+
+Candidate = Callable[[], object]
+Clock = Callable[[], float]
+CALLS_PER_GRAPH = 10
+BUSY = 0.1
+"""of the cores, taken by other programs: from here on the machine is called noisy"""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Repeated measurements of one quantity: their median and quartiles."""
+
+    median: float
+    low: float
+    high: float
+    repeats: int
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Self:
+        """Of at least one value."""
+        low, middle, high = statistics.quantiles(values, n=4) if len(values) > 1 else [values[0]] * 3
+        return cls(middle, max(low, min(values)), min(high, max(values)), len(values))
+
+    @property
+    def spread(self) -> float:
+        """Half of the interquartile range over the median."""
+        return (self.high - self.low) / 2 / self.median if self.median else 0.0
+
+    def times(self, factor: float) -> "Measured":
+        """The same in another unit."""
+        return Measured(self.median * factor, self.low * factor, self.high * factor, self.repeats)
+
+    def inverse(self, factor: float = 1.0) -> "Measured":
+        """`factor` over it: seconds to rates."""
+        return Measured(factor / self.median, factor / self.high, factor / self.low, self.repeats)
+
+
+def timed_in_turns(
+    candidates: dict[str, Candidate], device: str, repeats: int = 21, clock: Clock = time.perf_counter
+) -> dict[str, list[float]]:
+    """Seconds of one call of each candidate, `repeats` times in turn."""
+    if device.startswith("cuda"):
+        timers = {name: _graph_timer(candidate) for name, candidate in candidates.items()}
+    else:
+        timers = {name: _cpu_timer(candidate, clock) for name, candidate in candidates.items()}
+    taken: dict[str, list[float]] = {name: [] for name in candidates}
+    for _ in range(repeats):
+        for name, timer in timers.items():
+            taken[name].append(timer())
+    return taken
+
+
+def median_seconds(
+    candidates: dict[str, Candidate], device: str, repeats: int = 21, clock: Clock = time.perf_counter
+) -> dict[str, float]:
+    """Time one call of each candidate: the median over alternated repeats, in seconds."""
+    taken = timed_in_turns(candidates, device, repeats, clock)
+    return {name: statistics.median(seconds) for name, seconds in taken.items()}
+
+
+def wait_for(device: torch.device) -> None:
+    """Lets the host wait until the device has done all that it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+@contextmanager
+def torch_threads(count: int) -> Iterator[None]:
+    """Lets torch's operators use so many threads for a while."""
+    usual = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(usual)
+
+
+def _cpu_timer(candidate: Candidate, clock: Clock) -> Callable[[], float]:
+    for _ in range(3):
+        candidate()
+
+    def timer() -> float:
+        start = clock()
+        candidate()
+        return clock() - start
+
+    return timer
+
+
+def _graph_timer(candidate: Candidate) -> Callable[[], float]:
+    # Warm-up on a side stream, as CUDA graphs ask: it compiles kernels, makes handles and fills caches.
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            candidate()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(CALLS_PER_GRAPH):
+            candidate()
+    graph.replay()
+
+    def timer() -> float:
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) * 1e-3 / CALLS_PER_GRAPH
+
+    return timer
+
+
+def copy_bytes_per_second(device: str, clock: Clock = time.perf_counter, repeats: int = 21) -> float:
+    """Measure a large copy within the device's memory, counting bytes read and bytes written."""
+    size = 2**30 if device.startswith("cuda") else 2**28
+    source = torch.randint(0, 256, (size,), dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return 2 * size / median_seconds({"copy": lambda: target.copy_(source)}, device, repeats, clock)["copy"]
+
+
+def matmul_flops_per_second(device: str, dtype: torch.dtype, repeats: int = 5) -> float:
+    """Measure a large matrix product: the ceiling of arithmetic where no data sheet gives one (a CPU)."""
+    side = 8192 if device.startswith("cuda") else 2048
+    a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+    out = torch.empty_like(a)
+    return 2.0 * side**3 / median_seconds({"matmul": lambda: torch.mm(a, b, out=out)}, device, repeats)["matmul"]
+
+
+class Neighbours:
+    """Cores that other programs took while it was entered, from /proc/stat; what makes a measurement doubtful.
+
+    Attributes:
+        others: cores that other programs took on average; 0 where the system does not tell.
+        wall, own: seconds that passed, and CPU seconds of this process.
+    """
+
+    def __enter__(self) -> Self:
+        self._wall, self._own, self._all = time.perf_counter(), time.process_time(), _busy_seconds()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.wall, self.own = time.perf_counter() - self._wall, time.process_time() - self._own
+        self.others = max(0.0, (_busy_seconds() - self._all - self.own) / self.wall)
+
+    @property
+    def noise(self) -> str | None:
+        """What was wrong with the surroundings; None on a quiet machine."""
+        cores = os.cpu_count() or 1
+        return f"other programs took {self.others:.1f} of {cores} cores" if self.others > BUSY * cores else None
+
+
+def _busy_seconds() -> float:
+    """CPU seconds of all programs of this machine since it started, and of its neighbours on the same host."""
+    stat = Path("/proc/stat")
+    if not stat.exists():
+        return 0.0
+    user, nice, system, _idle, _wait, irq, softirq, steal = map(int, stat.read_text().split("\n", 1)[0].split()[1:9])
+    return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
+
+
+def environment(device: str) -> dict[str, str]:
+    """Say where numbers were taken: hardware, versions, commit and date (UTC)."""
+    cores = f"{torch.get_num_threads()} of {os.cpu_count()} cores of {machine.processor()}"
+    return {
+        "hardware": torch.cuda.get_device_name(device) if device.startswith("cuda") else cores,
+        "versions": machine.versions("torch", "triton", "numpy"),
+        "commit": machine.commit(),
+        "date": machine.today(),
+    }

@@ -1,0 +1,63 @@
+"""loop -> [saver] -> checkpoint folders: when and by whom they are written, at once or behind the training's back."""
+
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from patchmill.trainer.checkpoints import checkpoint
+from patchmill.trainer.config.pretrain import TrainConfig
+from patchmill.trainer.engine.step import Guard
+from patchmill.trainer.engine.world import World
+from patchmill.trainer.model.vit import VisionTransformer
+
+
+class Saver:
+    """Writes a run's checkpoints and deletes those that need not stay.
+
+    With train.async_save a copy of the state goes to main memory and a thread writes it; at most one is being written.
+    An error in that thread is raised by the next `save` or `finish`.
+    """
+
+    def __init__(self, run: Path, config: TrainConfig, world: World) -> None:
+        self.run, self.config, self.world = run, config, world
+        self._thread = ThreadPoolExecutor(1, "patchmill-save") if config.async_save and world.is_first else None
+        self._writing: Future[None] | None = None
+
+    def save(
+        self,
+        step: int,
+        model: VisionTransformer,
+        optimizer: torch.optim.Optimizer,
+        guard: Guard,
+        state: dict[str, Any],
+    ) -> None:
+        """Saves after `step` updates. Every rank must call it.
+
+        Raises:
+            OSError: this checkpoint (or, when asynchronous, the one before) could not be written.
+        """
+        self._wait()
+        copy = self._thread is not None
+        snapshot = checkpoint.take_snapshot(model, optimizer, guard, state, copy=copy, keep=self.world.is_first)
+        if self._thread is not None:
+            self._writing = self._thread.submit(self._write, step, snapshot)
+        elif self.world.is_first:
+            self._write(step, snapshot)
+        self.world.barrier()
+
+    def finish(self) -> None:
+        """Waits until the last checkpoint lies on disk."""
+        self._wait()
+        if self._thread is not None:
+            self._thread.shutdown()
+
+    def _write(self, step: int, snapshot: checkpoint.Snapshot) -> None:
+        checkpoint.write(self.run, step, snapshot)
+        checkpoint.prune(self.run, self.config.keep_last, self.config.keep_every_steps)
+
+    def _wait(self) -> None:
+        if self._writing is not None:
+            writing, self._writing = self._writing, None
+            writing.result()

@@ -1,0 +1,201 @@
+"""recipe -> [config] -> model, loader, optimizer: everything a run is, in frozen dataclasses.
+
+A run's config is resolved once, checked here, saved beside the run as config.toml and never changed afterwards.
+Names carry their unit (`_steps`, `_epochs`); an unset option is an absent key.
+"""
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Literal
+
+from patchmill.pipeline.config import DataConfig
+from patchmill.pipeline.plan.masks import MaskConfig
+from patchmill.trainer.config.model import ModelConfig
+from patchmill.trainer.config.size_schedule import Schedule, check_schedule
+
+
+@dataclass(frozen=True)
+class OnlineEvalConfig:
+    """kNN and a linear probe while pretraining goes on: what the features are worth so far."""
+
+    every_epochs: float | None = None
+    """how often; unset: never"""
+    data_path: str = ""
+    """labelled training data; unset: the pretraining data themselves"""
+    test_path: str = ""
+    """labelled test data"""
+    crop_fraction: float = 0.875
+    """of the centre crop; 1 for images that have their size already"""
+    max_train_samples: int = 50_000
+    """at most so many training images, always the same random ones"""
+    neighbours: int = 20
+    """of kNN"""
+
+    def __post_init__(self) -> None:
+        if self.every_epochs is not None and self.every_epochs <= 0:
+            raise ValueError(f"eval.every_epochs is {self.every_epochs}; it must be positive (leave it out for never)")
+        if self.every_epochs is not None and not self.test_path:
+            raise ValueError("eval.every_epochs needs eval.test_path, a packed dataset with labels")
+        for name in ("max_train_samples", "neighbours"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"eval.{name} is {getattr(self, name)}; it must be at least 1")
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW and its schedule (He et al. 2021, Table 8)."""
+
+    kind: Literal["adamw", "apex-adam", "apex-lamb"] = "adamw"
+    """torch's fused AdamW, or NVIDIA apex's FusedAdam or FusedLAMB (built from source: docs/scale.md)"""
+    blr: float = 1.5e-4
+    """base learning rate: lr = blr * global batch / 256"""
+    min_lr: float = 0.0
+    """where the cosine ends"""
+    warmup_epochs: float = 40.0
+    """epochs of linear warm-up"""
+    weight_decay: float = 0.05
+    """for parameters of more than one dimension that are no biases"""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """AdamW's momentum terms"""
+    clip_grad: float | None = None
+    """largest gradient norm; unset: no clipping, as published"""
+
+    def __post_init__(self) -> None:
+        if self.blr <= 0:
+            raise ValueError(f"optim.blr is {self.blr}; it must be positive")
+        if self.clip_grad is not None and self.clip_grad <= 0:
+            raise ValueError(f"optim.clip_grad is {self.clip_grad}; it must be positive (leave it out for no clipping)")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How long, how large, how precise, and what is kept."""
+
+    global_batch: int = 4096
+    """images per update, over all ranks and accumulation steps"""
+    accum_steps: int = 1
+    """forward and backward passes per update"""
+    total_epochs: float = 800.0
+    """length of the run; the schedule ends here"""
+    total_steps: int | None = None
+    """length of the run in updates, instead of total_epochs"""
+    total_images: int | None = None
+    """length of the run in images, instead of total_epochs"""
+    size_schedule: Schedule = ()
+    """growing image sizes: from which share of the run, how many pixels, ...; the last is model.image_size"""
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    """matrix products in bf16 or fp16 with fp32 weights, or all in fp32; auto: bf16 where the hardware has it"""
+    fp8: bool = False
+    """linear layers in fp8 through torchao (GPUs from Hopper on; worth trying for L and H)"""
+    compile: bool = False
+    """compile the model with torch.compile (minutes at the start, faster steps)"""
+    compile_mode: Literal["default", "max-autotune-no-cudagraphs"] = "default"
+    """how long torch.compile searches for the fastest kernels"""
+    cuda_graph: bool = False
+    """capture the whole update as one CUDA graph (one GPU; for steps so short that launching them takes the time)"""
+    deterministic: bool = False
+    """bit-identical runs on a GPU too (slower there; a CPU run always is)"""
+    parallel: Literal["ddp", "fsdp", "hsdp"] = "ddp"
+    """several ranks: whole model on each, sharded over all, or sharded within a node and repeated over nodes"""
+    activation_checkpointing: bool = False
+    """compute the blocks' activations again in the backward pass: less memory, a third more work"""
+    max_skipped_steps: int = 20
+    """updates left out in a row (loss or gradient not finite, or a spike) after which the run stops"""
+    spike_factor: float | None = None
+    """leave out an update whose loss is this many times the usual one; unset: never"""
+    log_every_steps: int = 10
+    """how often measured values leave the device"""
+    save_every_steps: int = 1000
+    """how often a checkpoint is written"""
+    keep_last: int = 3
+    """checkpoints that stay on disk"""
+    keep_every_steps: int | None = None
+    """checkpoints of these steps stay for good; unset: only keep_last"""
+    async_save: bool = False
+    """write checkpoints in a thread while training goes on (needs a copy of the state in main memory)"""
+    rank_timeout_seconds: float = 600.0
+    """how long the ranks wait for one of them before the run ends and names it"""
+    picture_every_epochs: float | None = None
+    """how often a grid of reconstructions is drawn into pictures/; unset: never"""
+    spectrum_every_epochs: float | None = None
+    """how often the effective rank of a batch's class tokens is taken (spectra.jsonl): collapse shows; unset: never"""
+    tensorboard: bool = True
+    """write TensorBoard events beside metrics.jsonl"""
+    wandb: str | None = None
+    """name of a Weights & Biases project to write to; unset: none"""
+
+    def __post_init__(self) -> None:
+        for name in ("global_batch", "accum_steps", "max_skipped_steps", "log_every_steps", "save_every_steps"):
+            _at_least_one(f"train.{name}", getattr(self, name))
+        for name in ("keep_last", "keep_every_steps", "total_steps", "total_images"):
+            _at_least_one(f"train.{name}", getattr(self, name))
+        for name in ("total_epochs", "rank_timeout_seconds", "picture_every_epochs", "spectrum_every_epochs"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ValueError(f"train.{name} is {value}; it must be positive")
+        if self.total_steps and self.total_images:
+            raise ValueError("train.total_steps and train.total_images both say how long to train; leave one out")
+        if self.spike_factor is not None and self.spike_factor <= 1:
+            raise ValueError(f"train.spike_factor is {self.spike_factor}; it must be more than 1 (2 is a good start)")
+        if self.cuda_graph and self.parallel != "ddp":
+            raise ValueError(f"train.cuda_graph cannot capture train.parallel {self.parallel}; leave one out")
+
+    def steps(self, steps_per_epoch: int) -> int:
+        """Updates of the whole run."""
+        if self.total_images is not None:
+            return max(1, round(self.total_images / self.global_batch))
+        return self.total_steps or max(1, round(self.total_epochs * steps_per_epoch))
+
+
+@dataclass(frozen=True)
+class PretrainConfig:
+    """A pretraining run, whole.
+
+    Example:
+        patchmill pretrain --recipe mae-vit-b16 --data.path shards/ --out runs/b16 --train.global-batch 1024
+    """
+
+    target_path: str = ""
+    """file of the model's target that `patchmill target` wrote; for model.target pca, kmeans and dvae"""
+    out: str = ""
+    """folder of the run: config.toml, metrics.jsonl, checkpoints/, status.json, loss.png"""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    mask: MaskConfig = field(default_factory=MaskConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    eval: OnlineEvalConfig = field(default_factory=OnlineEvalConfig)
+    seed: int = 0
+    """of weights, order, crops, flips and masks"""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: cuda where there is one"""
+    init: str = ""
+    """weights to begin from instead of the seed's: a run, or a file or folder of any format that `patchmill import`
+    reads (facebookresearch/mae, timm, transformers, ...); a resumed run does not read it again"""
+    resume: str = "auto"
+    """auto (newest valid checkpoint in the run folder), never, or a checkpoint's path"""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.seed < 2**64:
+            raise ValueError(f"seed is {self.seed}; it must fit 64 bits without a sign")
+        check_schedule(self.train.size_schedule, self.model.image_size, self.model.patch_size)
+        for _, size in self.train.size_schedule or ((0, self.model.image_size),):
+            model = dataclasses.replace(self.model, image_size=size)
+            kept, patches = self.mask.kept(model.grid_hw), model.num_patches
+            if not 0 < kept < patches:
+                what = "nothing" if kept == patches else "everything"
+                raise ValueError(
+                    f"mask.kind {self.mask.kind} with mask.ratio {self.mask.ratio} masks {what}; change them"
+                )
+        if self.model.target == "dvae" and self.train.picture_every_epochs:
+            raise ValueError("train.picture_every_epochs: a model of dvae tokens cannot be drawn; leave it out")
+        if self.eval.every_epochs is not None and self.train.parallel != "ddp":
+            raise ValueError(
+                f"eval.every_epochs needs whole weights on every rank, not train.parallel {self.train.parallel}; "
+                "leave it out and evaluate the checkpoints (patchmill knn)"
+            )
+
+
+def _at_least_one(name: str, value: int | None) -> None:
+    if value is not None and value < 1:
+        raise ValueError(f"{name} is {value}; it must be at least 1")

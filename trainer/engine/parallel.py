@@ -1,0 +1,88 @@
+"""model -> [sharding, checkpointing, compilation] -> step: what is done to a model from outside, by PyTorch's engines.
+
+The model knows nothing of it: its parameters keep their names, and checkpoints hold whole tensors whatever the layout.
+"""
+
+import inspect
+from typing import Any, cast
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
+
+from patchmill.trainer.config.pretrain import TrainConfig
+from patchmill.trainer.engine.world import World
+from patchmill.trainer.model.crossmae import CrossBlock
+from patchmill.trainer.model.vit import Block
+
+_RENAMED = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters  # in torch 2.13
+KEEP_BUFFERS: dict[str, Any] = {"forward_sync_buffers" if _RENAMED else "broadcast_buffers": False}
+"""a fitted target is the same on all ranks and never changes"""
+
+
+def distribute(model: nn.Module, config: TrainConfig, world: World) -> nn.Module:
+    """The model as the step calls it. Sharding replaces parameters in place: build the optimizer afterwards.
+
+    Raises:
+        ValueError: an option that this machine cannot serve.
+    """
+    if config.fp8:
+        _to_fp8(model, world)
+    if config.activation_checkpointing:
+        for block in blocks(model):
+            block.forward = _recomputed(block)  # type: ignore[method-assign]
+    if world.size > 1 and config.parallel != "ddp":
+        _shard(model, config, world)
+    if config.compile:
+        model = cast(nn.Module, torch.compile(model, fullgraph=True, dynamic=False, mode=config.compile_mode))
+    if world.size > 1 and config.parallel == "ddp":
+        return DistributedDataParallel(
+            model,
+            device_ids=[world.device.index] if world.device.type == "cuda" else None,
+            gradient_as_bucket_view=True,
+            **KEEP_BUFFERS,
+            static_graph=config.accum_steps == 1,  # a backward pass without reduction is another graph
+        )
+    return model
+
+
+def blocks(model: nn.Module) -> list[Block | CrossBlock]:
+    """The transformer blocks of a model, in order."""
+    return [module for module in model.modules() if isinstance(module, Block | CrossBlock)]
+
+
+def _shard(model: nn.Module, config: TrainConfig, world: World) -> None:
+    """FSDP2 (ZeRO-3), block by block; with hsdp within each node, the nodes being replicas."""
+    from torch.distributed.device_mesh import init_device_mesh  # these take a second to import
+    from torch.distributed.fsdp import fully_shard
+
+    kind = world.device.type
+    if config.parallel == "fsdp":
+        mesh = init_device_mesh(kind, (world.size,), mesh_dim_names=("shard",))
+    else:
+        per_node = world.local_size
+        mesh = init_device_mesh(kind, (world.size // per_node, per_node), mesh_dim_names=("replicate", "shard"))
+    for block in blocks(model):
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+
+
+def _recomputed(block: nn.Module):  # type: ignore[no-untyped-def]
+    forward = block.forward
+    return lambda *args: checkpoint(forward, *args, use_reentrant=False)
+
+
+def _to_fp8(model: nn.Module, world: World) -> None:
+    """Linear layers to torchao's dynamically scaled fp8, weights and names kept; sizes must be multiples of 16."""
+    try:
+        from torchao.float8 import convert_to_float8_training
+    except ImportError as error:
+        raise ValueError("train.fp8 needs torchao: pip install torchao, or leave it out") from error
+    if world.device.type != "cuda" or torch.cuda.get_device_capability(world.device) < (8, 9):
+        raise ValueError(f"train.fp8 needs a GPU with fp8 units (compute capability 8.9 on), not {world.device}")
+
+    def fits(module: nn.Module, name: str) -> bool:
+        return isinstance(module, nn.Linear) and not (module.in_features % 16 or module.out_features % 16)
+
+    convert_to_float8_training(model, module_filter_fn=fits)

@@ -1,0 +1,152 @@
+"""batch -> [one update] -> model: forward, backward, guard, optimizer. Nothing here waits for the device.
+
+The guard finds on the device whether loss and gradient are finite, averaged over ranks, so that all ranks decide alike;
+the fused optimizer then leaves weights and moments as they were. The host learns of it at the next log step.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from patchmill.pipeline.batch import Batch
+from patchmill.pipeline.plan.masks import MaskPlan
+from patchmill.trainer.engine.world import World
+
+SPIKE_WARMUP_STEPS = 100.0
+"""updates after which the usual loss is known well enough to call another a spike"""
+USUAL_LOSS_WEIGHT = 0.02
+"""weight of a new loss in the running mean"""
+FP16_FIRST_SCALE, FP16_GROWTH_STEPS = 2.0**16, 2000.0
+"""loss scale of fp16, and the good updates after which it doubles (as torch.amp.GradScaler)"""
+
+
+class StepValues(NamedTuple):
+    """What an update leaves on the device; fp32 scalars."""
+
+    loss: Tensor
+    """mean over the images of all ranks"""
+    grad_norm: Tensor
+    """L2 norm of the averaged gradient before clipping"""
+    skipped: Tensor
+    """1 where the update was left out, else 0"""
+    own_loss: Tensor
+    """mean over this rank's images: tells which rank brought a loss that is not finite"""
+    uniformity: Tensor
+    """U-MAE's term over the images of all ranks, mean over accumulated parts; 0 for a model without it"""
+
+
+class Guard:
+    """Decides on the device whether an update counts, and scales the loss for fp16. Its state is part of checkpoints.
+
+    An update is left out when loss or gradient norm is not finite, or when the loss is `spike_factor` times the usual
+    one. In fp16 each such update halves the loss scale; after 2,000 good ones it doubles.
+    """
+
+    def __init__(self, device: torch.device, *, fp16: bool = False, spike_factor: float | None = None) -> None:
+        self.fp16, self.spike_factor = fp16, spike_factor
+        self.state = {
+            "loss_scale": torch.tensor(FP16_FIRST_SCALE if fp16 else 1.0, device=device),
+            "good_steps": torch.zeros((), device=device),
+            "usual_loss": torch.zeros((), device=device),
+            "losses_seen": torch.zeros((), device=device),
+        }
+
+    def skip(self, loss: Tensor, grad_norm: Tensor) -> Tensor:
+        """1.0 where the update is to be left out, else 0.0, from values that are the same on all ranks."""
+        state = self.state
+        good = torch.isfinite(loss) & torch.isfinite(grad_norm)
+        if self.spike_factor is not None:
+            known = state["losses_seen"] >= SPIKE_WARMUP_STEPS
+            good &= ~(known & (loss > self.spike_factor * state["usual_loss"]))
+            weight = torch.where(state["losses_seen"] == 0, 1.0, USUAL_LOSS_WEIGHT)
+            state["usual_loss"].copy_(torch.where(good, state["usual_loss"].lerp(loss, weight), state["usual_loss"]))
+            state["losses_seen"] += good
+        if self.fp16:
+            state["good_steps"].copy_(torch.where(good, state["good_steps"] + 1, 0.0))
+            grown = good & (state["good_steps"] >= FP16_GROWTH_STEPS)
+            state["good_steps"].copy_(torch.where(grown, 0.0, state["good_steps"]))
+            state["loss_scale"] *= torch.where(good, torch.where(grown, 2.0, 1.0), 0.5)
+        return (~good).float()
+
+
+def update(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batch: Batch,
+    *,
+    world: World,
+    guard: Guard,
+    accum_steps: int = 1,
+    autocast: torch.dtype | None = None,
+    clip_grad: float | None = None,
+) -> StepValues:
+    """One update of the weights, with the learning rate that the optimizer holds.
+
+    Args:
+        batch: this rank's images; its size is a multiple of accum_steps.
+        autocast: dtype of matrix products, None for fp32.
+        clip_grad: largest gradient norm, None for no clipping.
+    """
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    scale = guard.state["loss_scale"]
+    own_loss, uniformity = (torch.zeros((), device=batch.images.device) for _ in range(2))
+    parts = micro_batches(batch, accum_steps)
+    for number, (images, plan) in enumerate(parts, 1):
+        _reduce_gradients(model, last=number == len(parts))
+        with torch.autocast(batch.images.device.type, dtype=autocast, enabled=autocast is not None):
+            output = model(images, plan)
+            part_loss = output.loss / accum_steps
+        (part_loss * scale if guard.fp16 else part_loss).backward()
+        own_loss += part_loss.detach()
+        if output.uniformity is not None:
+            uniformity += output.uniformity.detach() / accum_steps
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    if guard.fp16:
+        torch._foreach_mul_(gradients, 1 / scale)
+    own_norm = whole(torch.nn.utils.get_total_norm(gradients))
+    loss, grad_norm = world.mean(torch.stack([own_loss, own_norm]))
+    if clip_grad is not None:
+        torch.nn.utils.clip_grads_with_norm_(parameters, clip_grad, grad_norm)
+    skipped = guard.skip(loss, grad_norm)
+    _apply(optimizer, skipped)
+    return StepValues(loss, grad_norm, skipped, own_loss, uniformity)
+
+
+def whole(tensor: Any) -> Tensor:
+    """A sharded tensor (DTensor) gathered on every rank, a collective call; any other is whole already."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Gives all groups the rate of the next update."""
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(lr)  # a captured step reads it from the device
+        else:
+            group["lr"] = lr
+
+
+def _apply(optimizer: torch.optim.Optimizer, skipped: Tensor) -> None:
+    if isinstance(optimizer, torch.optim.AdamW):
+        optimizer.grad_scale, optimizer.found_inf = None, skipped  # type: ignore[attr-defined]
+        optimizer.step()
+    elif not skipped.item():  # apex cannot be told on the device: here, and only here, the host waits
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+
+
+def _reduce_gradients(model: nn.Module, last: bool) -> None:
+    """Whether the next backward pass averages gradients over ranks: only that of the last part."""
+    if isinstance(model, DistributedDataParallel):
+        model.require_backward_grad_sync = last
+    elif hasattr(model, "set_requires_gradient_sync"):  # FSDP2 has made the model's class one of its own
+        model.set_requires_gradient_sync(last)  # type: ignore[operator]
+
+
+def micro_batches(batch: Batch, count: int) -> list[tuple[Tensor, MaskPlan]]:
+    """Images and mask plan of a batch in `count` parts."""
+    plan = batch.plan
+    ids = zip(plan.ids_keep.chunk(count), plan.ids_mask.chunk(count), plan.ids_restore.chunk(count), strict=True)
+    return [(images, MaskPlan(*parts)) for images, parts in zip(batch.images.chunk(count), ids, strict=True)]

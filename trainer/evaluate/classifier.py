@@ -1,0 +1,155 @@
+"""encoder -> [classifier] -> logits: the encoder with a head on top, for probing and fine-tuning.
+
+Names are those of the published `models_vit.py`: with the mean of the patches `fc_norm` stands in for `norm`; the
+linear probe's head is `head.0` (BatchNorm without affine) and `head.1`.
+
+Shapes: B images, L patches, N = 1 + L tokens, D width, A classes.
+"""
+
+from collections.abc import Iterable
+from typing import Literal, cast
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from patchmill.kernels.philox import STREAM_COLOUR, draw_numpy, uniform_numpy
+from patchmill.trainer.config.evaluate import Pool
+from patchmill.trainer.model.encoder import Encoder
+from patchmill.trainer.model.vit import LAYER_NORM_EPS, Block
+
+DROP_PATH_BLOCK = 1024
+"""first Philox block of the colour stream that drop path draws from"""
+
+Head = Literal["linear", "probe"]
+
+
+class Classifier(nn.Module):
+    """An encoder, a pooling rule and a linear head; nothing is masked."""
+
+    def __init__(self, encoder: Encoder, num_classes: int, pool: Pool, head: Head) -> None:
+        super().__init__()
+        c = self.config = encoder.config
+        self.pool = pool
+        self.cls_token = encoder.cls_token
+        self.pos_embed = encoder.pos_embed
+        self.patch_embed = encoder.patch_embed
+        self.blocks = encoder.blocks
+        if pool == "mean" and head == "linear":
+            self.fc_norm = nn.LayerNorm(c.embed_dim, eps=LAYER_NORM_EPS)
+        else:
+            self.norm = encoder.norm
+        linear = nn.Linear(c.embed_dim, num_classes)
+        nn.init.trunc_normal_(linear.weight, std=2e-5 if head == "linear" else 0.01)  # both as published
+        nn.init.zeros_(linear.bias)
+        self.head = nn.Sequential(RankBatchNorm(c.embed_dim), linear) if head == "probe" else linear
+        self.mean: Tensor
+        self.std: Tensor
+        self.register_buffer("mean", encoder.mean, persistent=False)
+        self.register_buffer("std", encoder.std, persistent=False)
+
+    def forward(self, images_BCHW: Tensor, path_scales_SB: Tensor | None = None) -> Tensor:
+        """Logits fp32 [B, A].
+
+        Args:
+            images_BCHW: normalised, floating.
+            path_scales_SB: factor of each residual branch of each image, two branches a block; None for all ones.
+        """
+        return self.head(self.features(images_BCHW, path_scales_SB).float())
+
+    def features(self, images_BCHW: Tensor, path_scales_SB: Tensor | None = None) -> Tensor:
+        """What the head sees: [B, D]."""
+        tokens_BLD = self.patch_embed.proj(images_BCHW).flatten(2).transpose(1, 2) + self.pos_embed[:, 1:]
+        cls_B1D = (self.cls_token + self.pos_embed[:, :1]).expand(len(tokens_BLD), -1, -1)
+        x_BND = torch.cat([cls_B1D, tokens_BLD], dim=1)
+        for number, block in enumerate(cast(Iterable[Block], self.blocks)):
+            if path_scales_SB is None:
+                x_BND = block(x_BND)
+            else:
+                x_BND = _scaled_block(block, x_BND, path_scales_SB[2 * number], path_scales_SB[2 * number + 1])
+        if hasattr(self, "fc_norm"):
+            return self.fc_norm(x_BND[:, 1:].mean(1))
+        x_BND = self.norm(x_BND)
+        return x_BND[:, 0] if self.pool == "cls" else x_BND[:, 1:].mean(1)
+
+    def normalise(self, images_BCHW: Tensor) -> Tensor:
+        """Images in 0..1 units, floating [B, C, H, W] -> (value - mean) / std."""
+        return (images_BCHW - self.mean) / self.std
+
+    def tune(self, blocks: float | None) -> None:
+        """Lets the last `blocks` blocks learn (Figure 9), or everything when None.
+
+        0.5 is the MLP half of the last block, 0 neither. The last norm and the head always learn.
+
+        Raises:
+            ValueError: more blocks than there are.
+        """
+        depth = len(self.blocks)
+        if blocks is not None and blocks > depth:
+            raise ValueError(f"tuned_blocks is {blocks:g} and the encoder has {depth} blocks; leave it out to tune all")
+        for name, parameter in self.named_parameters():
+            parameter.requires_grad_(blocks is None or self._is_tuned(name, blocks, depth))
+
+    @staticmethod
+    def _is_tuned(name: str, blocks: float, depth: int) -> bool:
+        if name.startswith(("norm.", "fc_norm.", "head.")):
+            return True
+        if not name.startswith("blocks."):
+            return False
+        number, part = int(name.split(".")[1]), name.split(".")[2]
+        return number >= depth - blocks or (blocks == 0.5 and number == depth - 1 and part in ("norm2", "mlp"))
+
+
+class RankBatchNorm(nn.BatchNorm1d):
+    """BatchNorm without affine whose statistics are of the whole batch, over all ranks.
+
+    No gradient goes through it: what stands before it is frozen. (The published probe takes each GPU's statistics.)
+    """
+
+    def __init__(self, dim: int) -> None:
+        super().__init__(dim, eps=1e-6, affine=False)
+
+    def forward(self, x_BD: Tensor) -> Tensor:
+        """fp32 [B, D] -> [B, D]."""
+        if not self.training or not dist.is_initialized():
+            return super().forward(x_BD)
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        assert self.num_batches_tracked is not None
+        exact_BD = x_BD.detach().double()
+        sums_2D = torch.stack([exact_BD.sum(0), exact_BD.square().sum(0)])
+        dist.all_reduce(sums_2D)
+        count = len(x_BD) * dist.get_world_size()
+        mean_D = sums_2D[0] / count
+        var_D = (sums_2D[1] / count - mean_D.square()).clamp_min(0)
+        momentum = self.momentum or 0.1
+        self.running_mean.lerp_(mean_D.float(), momentum)
+        self.running_var.lerp_((var_D * count / max(count - 1, 1)).float(), momentum)
+        self.num_batches_tracked += 1
+        return (x_BD - mean_D.float()) * torch.rsqrt(var_D.float() + self.eps)
+
+
+def path_scales(
+    seed: int, epoch: int, sample_ids_B: np.ndarray, depth: int, rate: float, tuned_blocks: float | None
+) -> Tensor:
+    """Drop path's factors: 0 where a branch is dropped, else 1 / (1 - its rate); fp32 [2 * depth, B].
+
+    The rate rises linearly from 0 at the first block to `rate` at the last (Huang et al. 2016); frozen blocks are never
+    dropped. The draw is a function of (seed, epoch, sample, branch).
+    """
+    branches = 2 * depth
+    words = draw_numpy(
+        seed, STREAM_COLOUR, DROP_PATH_BLOCK + np.arange(-(-branches // 4))[:, None], sample_ids_B[None], epoch
+    )
+    uniform_SB = uniform_numpy(words).transpose(0, 2, 1).reshape(-1, len(sample_ids_B))[:branches]
+    rates_S = np.repeat(np.linspace(0.0, rate, depth), 2)
+    if tuned_blocks is not None:
+        rates_S[: branches - int(2 * tuned_blocks)] = 0.0
+    kept_SB = uniform_SB >= rates_S[:, None]
+    return torch.from_numpy((kept_SB / (1 - rates_S)[:, None]).astype(np.float32))
+
+
+def _scaled_block(block: Block, x_BND: Tensor, attn_B: Tensor, mlp_B: Tensor) -> Tensor:
+    x_BND = x_BND + attn_B.to(x_BND.dtype)[:, None, None] * block.attn(block.norm1(x_BND))
+    return x_BND + mlp_B.to(x_BND.dtype)[:, None, None] * block.mlp(block.norm2(x_BND))

@@ -1,0 +1,97 @@
+"""a model, labelled data -> [evaluate] -> accuracy: one pass over test data, and what pretraining asks on its way.
+
+`classify` is the test of probing and fine-tuning, `evaluate_classifier` that of a finished one on any labelled shards
+(ImageNet-A, -R, -C, Sketch, ...), `OnlineEvaluation` kNN and a linear probe while pretraining goes on.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from patchmill.pipeline.config import DataConfig
+from patchmill.trainer.checkpoints.checkpoint import parse_model_config
+from patchmill.trainer.config.evaluate import TestConfig
+from patchmill.trainer.engine.world import World, autocast_dtype
+from patchmill.trainer.evaluate.classifier import Classifier
+from patchmill.trainer.evaluate.labelled import class_columns, each_once, open_labelled, to_test_classes
+from patchmill.trainer.evaluate.scores import Scorer, Scores, check_torchmetrics
+from patchmill.trainer.evaluate.state import read_classifier
+from patchmill.trainer.model.build import build_model
+from patchmill.trainer.model.encoder import Encoder
+
+
+class Tested(NamedTuple):
+    """A finished classifier on a dataset."""
+
+    path: str
+    classes: list[str]
+    scores: Scores
+    unseen: int
+    """images that could not be read"""
+
+
+@torch.no_grad()
+def classify(
+    model: Classifier,
+    data: DataConfig,
+    test: TestConfig,
+    columns: list[list[int]] | None,
+    num_classes: int,
+    world: World,
+    autocast: torch.dtype | None,
+    call: Callable[[Tensor], Tensor] | None = None,
+) -> Scores:
+    """Every test image once, centre-cropped.
+
+    Args:
+        columns: as `class_columns` gives them.
+        num_classes: of the test data.
+        call: what maps normalised images to logits, when not the model itself.
+    """
+    scorer = Scorer(num_classes, world.device)
+    for batch, counts_B in each_once(data, test.path, test.crop_fraction, model.config, world, test.batch):
+        images_BCHW = model.normalise(batch.images.permute(0, 3, 1, 2) / 255)
+        with torch.autocast(world.device.type, dtype=autocast, enabled=autocast is not None):
+            logits_BA = (call or model)(images_BCHW)
+        scorer.add(to_test_classes(logits_BA.float(), columns), batch.labels, counts_B)
+    return scorer.result()
+
+
+def load_classifier(path: Path) -> tuple[Classifier, dict[str, Any]]:
+    """A finished classifier in eval mode on the CPU, and its header: classes, pool, head, model, protocol.
+
+    Raises:
+        ValueError: it is not there or not whole.
+    """
+    tensors, about = read_classifier(path)
+    encoder = Encoder(build_model(parse_model_config(about["model"], path)))
+    model = Classifier(encoder, len(about["classes"]), about["pool"], about["head"])
+    try:
+        model.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise ValueError(f"{path} does not fit its own header: {error}; give another") from error
+    return model.eval(), about
+
+
+def evaluate_classifier(
+    path: Path, data: DataConfig, tests: list[TestConfig], precision: Any, world: World
+) -> list[Tested]:
+    """Scores of a finished classifier on each test set; classes are matched by name or class map.
+
+    Raises:
+        ValueError: a classifier or dataset that cannot be used.
+    """
+    check_torchmetrics()
+    model, about = load_classifier(path)
+    model.to(world.device)
+    autocast = autocast_dtype(precision, world.device)
+    results = []
+    for test in tests:
+        opened = open_labelled(test.path, "tests")
+        columns = class_columns(test, opened.classes, about["classes"])
+        scores = classify(model, data, test, columns, len(opened.classes), world, autocast)
+        results.append(Tested(test.path, opened.classes, scores, opened.num_samples - scores.samples))
+    return results

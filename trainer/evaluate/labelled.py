@@ -1,0 +1,184 @@
+"""packed dataset -> [labelled] -> protocols: images with classes, each exactly once, on any number of ranks.
+
+The loader completes the last batch with images that came before and puts another image into the place of a bad one;
+here those rows are marked, so that no image counts twice and none is counted that was not seen.
+"""
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from patchmill.pipeline.batch import Batch
+from patchmill.pipeline.config import DataConfig
+from patchmill.pipeline.loader import Loader, build_loader
+from patchmill.pipeline.plan.masks import MaskConfig
+from patchmill.pipeline.plan.order import EpochOrder, SequentialOrder
+from patchmill.pipeline.read.manifest import open_dataset
+from patchmill.trainer.config.evaluate import TestConfig
+from patchmill.trainer.config.model import ModelConfig
+from patchmill.trainer.engine.world import World
+
+
+class Labelled(NamedTuple):
+    """A dataset that can be learnt from or tested on."""
+
+    path: str
+    classes: list[str]
+    num_samples: int
+
+
+def open_labelled(path: str, option: str) -> Labelled:
+    """Checks that every sample of a dataset has a class.
+
+    Args:
+        option: the command-line option that names the dataset.
+    Raises:
+        ValueError, FileNotFoundError: what is wrong and how to mend it.
+    """
+    if not path:
+        raise ValueError(f"no data: give --{option} DIR, a folder that `patchmill shard` wrote from class folders")
+    dataset = open_dataset(path)
+    classes, labels = dataset.manifest.classes, dataset.samples["label"]
+    unknown = int((labels < 0).sum())
+    if len(classes) < 2 or unknown:
+        what = f"{unknown} samples without a label" if unknown else f"{len(classes)} classes"
+        raise ValueError(f"{path} (--{option}) has {what}: pack a folder of class folders with `patchmill shard`")
+    return Labelled(path, classes, len(labels))
+
+
+def training_loader(
+    data: DataConfig, model: ModelConfig, world: World, *, seed: int, global_batch: int, quarantine: Path
+) -> Loader:
+    """Shuffled, cropped and flipped batches as `data` says; the last batch of an epoch is dropped, as published.
+
+    Raises:
+        ValueError: what the loader refuses, or repeats: augmentation beyond crops is drawn once for a sample and epoch.
+    """
+    if data.repeats != 1:
+        raise ValueError(f"data.repeats is {data.repeats}; it is for pretraining, leave it at 1")
+    return _loader(
+        dataclasses.replace(data, quarantine_path=data.quarantine_path or str(quarantine)),
+        model,
+        world,
+        seed,
+        global_batch,
+    )
+
+
+def each_once(
+    data: DataConfig,
+    path: str,
+    crop_fraction: float,
+    model: ModelConfig,
+    world: World,
+    batch: int,
+    *,
+    most: int | None = None,
+) -> Iterator[tuple[Batch, Tensor]]:
+    """Every sample of a dataset once, centre-cropped: this rank's batches, and which rows count (bool [B]).
+
+    Args:
+        data: reader, decoder and interpolation; its path and crops are not used.
+        batch: images at a time over all ranks; rounded up to a multiple of their number.
+        most: look at no more than so many samples (rounded up to whole batches), always the same random ones.
+    """
+    batch = -(-batch // world.size) * world.size
+    plain = dataclasses.replace(
+        data,
+        path=path,
+        shuffle="none" if most is None else "global",
+        crop="centre",
+        crop_fraction=crop_fraction,
+        flip=False,
+        colour_jitter=0.0,
+        quarantine_path="",
+        repeats=1,
+        last_batch="fill",
+    )
+    with _loader(plain, model, world, 0, batch) as loader:
+        count = loader.num_samples
+        steps = loader.steps_per_epoch if most is None else min(loader.steps_per_epoch, -(-most // batch))
+        order = SequentialOrder(count) if most is None else EpochOrder(count, seed=0)
+        local = batch // world.size
+        for step, found in zip(range(steps), loader, strict=False):
+            position_B = step * batch + world.rank * local + np.arange(local)
+            wanted_B = order.indices(0, position_B % count)
+            # a bad sample's place holds another image; a place past the end holds one that has come before
+            counts_B = torch.from_numpy(position_B < count).to(world.device)
+            yield found, counts_B & (found.sample_ids == torch.from_numpy(wanted_B).to(world.device))
+
+
+def class_columns(test: TestConfig, here: list[str], learnt: list[str]) -> list[list[int]] | None:
+    """For each class of the test data the classes of the model that mean it; None when the two lists are equal.
+
+    Without a class map, names must be found among the learnt ones (ImageNet-A, -R, -C and
+    Sketch keep ImageNet's names).
+
+    Raises:
+        ValueError: a name that is not there, or a file that is no class map.
+    """
+    if not test.class_map:
+        if here == learnt:
+            return None
+        missing = [name for name in here if name not in set(learnt)]
+        if missing:
+            raise ValueError(
+                f"class {missing[0]!r} of {test.path} is none of the {len(learnt)} learnt ones ({len(missing)} such): "
+                "give --test.class-map FILE (of `patchmill evaluate`: --class-map), a JSON object from class names "
+                "here to learnt ones"
+            )
+        table: dict[str, str | list[str]] = {name: name for name in here}
+    else:
+        table = _read_class_map(test.class_map)
+    place = {name: number for number, name in enumerate(learnt)}
+    columns = []
+    for name in here:
+        meant = table.get(name)
+        names = [meant] if isinstance(meant, str) else meant or []
+        unknown = [each for each in names if each not in place]
+        if not names or unknown:
+            what = f"gives {unknown[0]!r}, which the model has not learnt," if unknown else "has nothing"
+            raise ValueError(f"class map {test.class_map} {what} for class {name!r} of {test.path}; mend that entry")
+        columns.append([place[each] for each in names])
+    return columns
+
+
+def to_test_classes(logits_BA: Tensor, columns: list[list[int]] | None) -> Tensor:
+    """Logits over the model's classes -> scores over the test data's: the best of the classes that mean each [B, T]."""
+    if columns is None:
+        return logits_BA
+    return torch.stack([logits_BA[:, each].amax(1) for each in columns], 1)
+
+
+def _read_class_map(path: str) -> dict[str, str | list[str]]:
+    try:
+        table = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise OSError(f"cannot read class map {path}: {error.strerror or error}") from error
+    except ValueError as error:
+        raise ValueError(f"class map {path} is no JSON ({error})") from error
+    values = table.values() if isinstance(table, dict) else [None]
+    if not all(isinstance(name, str) for value in values for name in (value if isinstance(value, list) else [value])):
+        raise ValueError(f"class map {path} must be an object from class names to a name or a list of names")
+    return table
+
+
+def _loader(data: DataConfig, model: ModelConfig, world: World, seed: int, global_batch: int) -> Loader:
+    return build_loader(
+        data,
+        image_size=model.image_size,
+        patch_size=model.patch_size,
+        channels=model.channels,
+        mask=MaskConfig(),
+        seed=seed,
+        global_batch=global_batch,
+        rank=world.rank,
+        world_size=world.size,
+        device=world.device,
+    )
