@@ -197,9 +197,10 @@ def test_a_rank_that_hangs_is_named_whichever_collective_notices(tmp_path):
 def pretrain_on_other_data(rank, datasets, folder):
     """The command on two ranks, whose data differ."""
     next_world()
-    options = f"--recipe mae-tiny --device cpu --model.image-size 32 --train.global-batch 8 --out {folder / 'run'}"
+    options = "--recipe mae-tiny --device cpu --model.image-size 32 --train.global-batch 8 --train.total-steps 2"
+    places = ["--data.path", str(datasets[rank]), "--out", str(folder / "run")]
     with open(folder / f"{rank}.txt", "w", encoding="utf-8") as told, contextlib.redirect_stderr(told):
-        assert cli.run("pretrain", [*options.split(), "--data.path", str(datasets[rank])]) == 2
+        assert cli.run("pretrain", [*options.split(), *places]) == 2
 
 
 def test_ranks_with_different_data_stop_with_one_error_on_each(tmp_path):
