@@ -28,6 +28,7 @@ from patchmill.pipeline.batch import Batch
 from patchmill.pipeline.plan.masks import MaskPlan
 from patchmill.tools.profiler import machine, timing
 from patchmill.trainer.config.model import ModelConfig
+from patchmill.trainer.draw.style import line_style
 from patchmill.trainer.engine.cuda_graph import GraphedUpdate
 from patchmill.trainer.engine.optim import build_optimizer, parameter_groups
 from patchmill.trainer.engine.step import Guard, set_learning_rate, update
@@ -158,10 +159,10 @@ def draw(curves: dict[str, list[float]], name: str) -> None:
     figure = Figure(figsize=(12, 5), layout="constrained")
     left, right = figure.subplots(1, 2)
     exact = running_mean(curves["fp32"])
-    for label, losses in curves.items():
-        mean = running_mean(losses)
-        left.plot(mean, label=label, linewidth=1)
-        right.plot([a - b for a, b in zip(mean, exact, strict=True)], label=label, linewidth=1)
+    for number, (label, losses) in enumerate(curves.items()):
+        mean, style = running_mean(losses), line_style(number)
+        left.plot(mean, label=label, linewidth=1, **style)
+        right.plot([a - b for a, b in zip(mean, exact, strict=True)], label=label, linewidth=1, **style)
     left.set(title=f"loss, mean over {WINDOW} steps", xlabel="step")
     right.set(title="less the loss in fp32", xlabel="step")
     right.legend(fontsize=8)

@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from patchmill.tools.profiler.bottleneck import rounded
+from patchmill.trainer.draw.style import AMBER, BLUE, GREEN, INK, PALE_BLUE, RED, STAGES
 
-BLUE, AMBER, GREY, GREEN, RED = "#1f4e8c", "#c98a2b", "#9aa5b1", "#2f7d4f", "#a33b3b"
-PALE = "#c9d6e6"
 WIDTH = 6.4
 """inches of every chart"""
 WIDEST = 5.0
@@ -75,7 +74,7 @@ def _render(report: Report, draw: Draw, height: float, to: Any, kind: str) -> No
         "font.family": "sans-serif",
         "axes.spines.top": False,
         "axes.spines.right": False,
-        "axes.edgecolor": "#667",
+        "axes.edgecolor": INK,
         "axes.axisbelow": True,
     }
     with pyplot.rc_context(style):
@@ -119,7 +118,7 @@ def remedies(report: Report, axes: Any) -> None:
     for row, remedy in enumerate(rows):
         axes.barh(row, remedy["gain"], color=GREEN if remedy["basis"] == "measured" else BLUE, height=0.62)
         _beside(axes, remedy["gain"], row, f"x{remedy['gain']:.2f}", bold=True)
-    axes.axvline(1, color="#223", linewidth=1)
+    axes.axvline(1, color=INK, linewidth=1)
     axes.set_yticks(range(len(rows)), [remedy["title"] for remedy in rows])
     axes.set_xlim(0, 1.15 * max(remedy["gain"] for remedy in rows))
     axes.invert_yaxis()
@@ -133,7 +132,7 @@ def waterfall(report: Report, axes: Any) -> None:
     for row, stage in enumerate(stages):
         wall, cpu = stage["wall"]["median"] * 1e6, stage["cpu"]["median"] * 1e6
         axes.barh(
-            row, wall, left=left, color=PALE, height=0.7, label="waiting, or other programs" if row == 0 else None
+            row, wall, left=left, color=PALE_BLUE, height=0.7, label="waiting, or other programs" if row == 0 else None
         )
         axes.barh(row, min(cpu, wall), left=left, color=BLUE, height=0.7, label="on a core" if row == 0 else None)
         _beside(axes, left + wall, row, f"{wall:,.0f}" if wall >= 10 else f"{wall:.1f}")
@@ -153,7 +152,7 @@ def sweep(report: Report, axes: Any) -> None:
         for setting in (each for each in settings if each["name"] == name):
             rate = setting["images_per_s"]
             axes.bar(place, rate["median"], color=(BLUE, AMBER, GREEN)[group % 3], width=0.7)
-            axes.vlines(place, rate["low"], rate["high"], color="#223", linewidth=1.5)
+            axes.vlines(place, rate["low"], rate["high"], color=INK, linewidth=1.5)
             ticks.append(place)
             labels.append(f"{setting['value']:g}\n{name}")
             place += 1
@@ -170,7 +169,7 @@ def steps(report: Report, axes: Any) -> None:
     train = report["train"]
     numbers = range(len(train["every_step"]))
     axes.fill_between(
-        numbers, [1e3 * s for s in train["every_step"]], color=PALE, step="mid", label="step", linewidth=0
+        numbers, [1e3 * s for s in train["every_step"]], color=PALE_BLUE, step="mid", label="step", linewidth=0
     )
     axes.fill_between(
         numbers, [1e3 * s for s in train["every_wait"]], color=AMBER, step="mid", label="waiting for data", linewidth=0
@@ -217,7 +216,7 @@ def roofline(report: Report, axes: Any) -> None:
     ridge = peak / copy
     longest = sorted(points, key=lambda point: -point["seconds"])[:6]
     named = sorted(longest, key=lambda point: point["flops"] / point["bytes"])
-    axes.plot([low, ridge, high], [low * copy, peak, peak], color="#223", linewidth=1.5)
+    axes.plot([low, ridge, high], [low * copy, peak, peak], color=INK, linewidth=1.5)
     axes.text(high, peak * 1.08, f"{peak:,.0f} GFLOP/s ({step['ceiling']})", ha="right", fontsize=8)
     axes.text(low * 1.1, low * copy * 1.8, f"copy: {copy:,.1f} GB/s", fontsize=8, rotation=28)
     for point, value in zip(points, values, strict=True):
@@ -253,5 +252,4 @@ def _beside(axes: Any, x: float, row: int, text: str, *, bold: bool = False) -> 
 
 
 def _colours(names: list[str]) -> dict[str, str]:
-    palette = ("#8fb3d9", AMBER, "#d9c28f", BLUE, "#5b8bc4", GREY, "#7fb59a", GREEN, RED, "#6b5b95")
-    return {name: palette[number % len(palette)] for number, name in enumerate(names)} | {"step": RED}
+    return {name: STAGES[number % len(STAGES)] for number, name in enumerate(names)} | {"step": RED}

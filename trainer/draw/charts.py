@@ -1,21 +1,39 @@
-"""results -> [eval_pictures] -> PNG: accuracy over epochs and over tuned blocks (Figure 9), confusion, spectra."""
+"""Draws the charts of runs and evaluations as PNGs: loss, accuracy, confusion, partial fine-tuning and spectra."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from torch import Tensor
 
-from patchmill.trainer.draw.style import AMBER, BLUE, GREEN, line_style, new_figure, save_figure
-from patchmill.trainer.evaluate.spectrum import Spectrum
+from patchmill.trainer.draw.style import AMBER, BLUE, GREEN, PALE_BLUE, line_style, new_figure, save_figure
 
-PALE_BLUE = "#b9c7d9"
+NAMED_CLASSES = 30
+"""a confusion matrix of at most this many classes names them"""
+NUMBERED_CLASSES = 12
+"""a confusion matrix of at most this many classes has numbers in its cells"""
+
+
+class SpectrumLike(Protocol):
+    """A spectrum of features, as trainer/evaluate/spectrum.py measures it."""
+
+    @property
+    def effective_rank(self) -> float:
+        """Number of directions that the features use."""
+
+    @property
+    def singular_values(self) -> Sequence[float]:
+        """Largest first."""
 
 
 def write_loss_curve(lines: Sequence[dict], path: Path, evaluations: Sequence[dict] = ()) -> None:
-    """Writes a PNG of the loss over the steps of a run, raw and smoothed, with the learning rate beside it; below it
-    the accuracies of `evaluations` (lines of evaluations.jsonl), where there are any."""
+    """Writes a PNG of a run's loss over its steps, raw and smoothed, with the learning rate on a second axis.
+
+    Args:
+        lines: lines of metrics.jsonl.
+        evaluations: lines of evaluations.jsonl; if there are any, a second panel shows their accuracies.
+    """
     steps, losses = _points(lines, "loss")
     window = max(1, len(losses) // 50)
     panels = 2 if evaluations else 1
@@ -38,7 +56,7 @@ def write_loss_curve(lines: Sequence[dict], path: Path, evaluations: Sequence[di
 def compare_losses(runs: Mapping[str, Sequence[dict]], path: Path) -> None:
     """Writes a PNG of the smoothed losses of several runs over their epochs.
 
-    Where each run has a reconstruction loss apart from other terms (U-MAE), that is drawn.
+    It shows the reconstruction loss where every run logs it apart from other terms (U-MAE), else the whole loss.
 
     Args:
         runs: name -> lines of metrics.jsonl; at least one line each.
@@ -58,36 +76,12 @@ def compare_losses(runs: Mapping[str, Sequence[dict]], path: Path) -> None:
     save_figure(figure, path)
 
 
-def _points(lines: Sequence[dict], key: str, over: str = "step") -> tuple[np.ndarray, np.ndarray]:
-    """x and y of the lines that have a finite value."""
-    kept = [(line[over], line[key]) for line in lines if line[key] is not None]
-    return np.array([x for x, _ in kept]), np.array([y for _, y in kept])
-
-
-def _smooth(values: np.ndarray, window: int) -> np.ndarray:
-    """Mean over a centred window; the ends are continued by their last value."""
-    padded = np.pad(values, (window // 2, window - 1 - window // 2), "edge")
-    return np.convolve(padded, np.ones(window) / window, "valid")
-
-
-def _draw_accuracies(axes: Any, evaluations: Sequence[dict]) -> None:
-    steps = [line["step"] for line in evaluations]
-    for key, name, color in (("knn_top1", "kNN", BLUE), ("probe_top1", "linear probe", GREEN)):
-        axes.plot(steps, [100 * line[key] for line in evaluations], color=color, marker="o", markersize=3, label=name)
-    axes.set(ylabel="top-1 accuracy (%)", title="What the features are worth so far")
-    axes.grid(alpha=0.25)
-    axes.legend(loc="lower right")
-
-
-NAMED_CLASSES = 30
-"""up to so many classes are named on a confusion matrix"""
-
-NUMBERED_CLASSES = 12
-"""up to so many classes have their shares written into the cells"""
-
-
 def write_curve(history: list[dict[str, float]], path: Path, title: str) -> None:
-    """Writes a PNG of test accuracy and training loss over the epochs."""
+    """Writes a PNG of test accuracy and training loss over the epochs.
+
+    Args:
+        history: one entry per epoch with `epoch` and `loss`, and `top1` and `top5` (0 to 1) where it was tested.
+    """
     figure, axes = new_figure()
     tested = [entry for entry in history if "top1" in entry]
     axes.plot([e["epoch"] for e in tested], [100 * e["top1"] for e in tested], color=BLUE, marker=".", label="top-1")
@@ -104,7 +98,7 @@ def write_curve(history: list[dict[str, float]], path: Path, title: str) -> None
 
 
 def write_confusion(confusion_AA: Tensor, classes: list[str], path: Path, title: str) -> None:
-    """Writes a PNG of the confusion matrix, each row (true class) in shares of its images."""
+    """Writes a PNG of a confusion matrix; each row (true class) is in shares of its images."""
     shares = confusion_AA.double().numpy()
     shares = shares / np.maximum(shares.sum(1, keepdims=True), 1)
     figure, axes = new_figure((6.5, 5.5))
@@ -122,10 +116,10 @@ def write_confusion(confusion_AA: Tensor, classes: list[str], path: Path, title:
 
 
 def write_sweep(lines: dict[str, list[tuple[float, float]]], path: Path) -> None:
-    """Writes a PNG of top-1 (0 to 1) over tuned blocks, one line a name (He et al. 2021, Figure 9).
+    """Writes a PNG of top-1 accuracy over the number of tuned blocks, one line per name (He et al. 2021, Figure 9).
 
     Args:
-        lines: name -> (blocks, top-1), in any order; blocks stand at even distances, as in the paper.
+        lines: name -> (blocks, top-1 from 0 to 1), in any order. Blocks are spaced evenly on the axis, as in the paper.
     """
     figure, axes = new_figure()
     ticks = sorted({blocks for points in lines.values() for blocks, _ in points})
@@ -135,7 +129,7 @@ def write_sweep(lines: dict[str, list[tuple[float, float]]], path: Path) -> None
         axes.plot(*zip(*placed, strict=True), **line_style(number), marker="o", label=name)
         for x, y in placed:
             heights.setdefault(x, []).append(y)
-    for x, found in heights.items():  # the best above its point, the worst below: numbers between would overlap
+    for x, found in heights.items():  # number only the best (above) and the worst (below): more would overlap
         for y, away in {max(found): 7, min(found): 7 if len(found) == 1 else -14}.items():
             axes.annotate(f"{y:.1f}", (x, y), textcoords="offset points", xytext=(0, away), ha="center", fontsize=8)
     axes.set_xticks(range(len(ticks)), [f"{blocks:g}" for blocks in ticks])
@@ -146,12 +140,14 @@ def write_sweep(lines: dict[str, list[tuple[float, float]]], path: Path) -> None
     save_figure(figure, path)
 
 
-def write_spectra(spectra: Sequence[tuple[str, Spectrum]], path: Path, title: str, *, in_order: bool = False) -> None:
-    """Writes a PNG of singular values (logarithmic) over their index, with the effective rank of each name.
+def write_spectra(
+    spectra: Sequence[tuple[str, SpectrumLike]], path: Path, title: str, *, in_order: bool = False
+) -> None:
+    """Writes a PNG of singular values (log scale) over their index; the legend gives each name's effective rank.
 
     Args:
-        spectra: (name, spectrum); those of one name (seeds, say) have one colour. None without values.
-        in_order: the names are stages of one run: colours go from light to dark.
+        spectra: (name, spectrum), none without values; spectra of one name (seeds, say) share a colour.
+        in_order: the names are stages of one run, drawn from light to dark.
     """
     figure, axes = new_figure()
     names = list(dict.fromkeys(name for name, _ in spectra))
@@ -165,7 +161,7 @@ def write_spectra(spectra: Sequence[tuple[str, Spectrum]], path: Path, title: st
             axes.plot(range(1, 1 + len(values)), values, **style, label=label)
             label = "_nolegend_"
     axes.set_yscale("log")
-    # a last norm leaves one direction that is rounding noise alone: it would flatten everything else
+    # the last norm leaves one direction of pure rounding noise: on the axis it would flatten all other values
     lowest = min((s.singular_values[-2] for _, s in spectra if len(s.singular_values) > 1), default=0)
     if lowest > 0:
         axes.set_ylim(bottom=lowest / 2)
@@ -174,6 +170,27 @@ def write_spectra(spectra: Sequence[tuple[str, Spectrum]], path: Path, title: st
     axes.grid(alpha=0.25)
     axes.legend()
     save_figure(figure, path)
+
+
+def _draw_accuracies(axes: Any, evaluations: Sequence[dict]) -> None:
+    steps = [line["step"] for line in evaluations]
+    for key, name, color in (("knn_top1", "kNN", BLUE), ("probe_top1", "linear probe", GREEN)):
+        axes.plot(steps, [100 * line[key] for line in evaluations], color=color, marker="o", markersize=3, label=name)
+    axes.set(ylabel="top-1 accuracy (%)", title="What the features are worth so far")
+    axes.grid(alpha=0.25)
+    axes.legend(loc="lower right")
+
+
+def _points(lines: Sequence[dict], key: str, over: str = "step") -> tuple[np.ndarray, np.ndarray]:
+    """x and y of the lines that have a finite value."""
+    kept = [(line[over], line[key]) for line in lines if line[key] is not None]
+    return np.array([x for x, _ in kept]), np.array([y for _, y in kept])
+
+
+def _smooth(values: np.ndarray, window: int) -> np.ndarray:
+    """Mean over a centred window; beyond the ends the first and last value repeat."""
+    padded = np.pad(values, (window // 2, window - 1 - window // 2), "edge")
+    return np.convolve(padded, np.ones(window) / window, "valid")
 
 
 def _blue(shade: float) -> Any:

@@ -1,4 +1,4 @@
-"""columns of images -> [sheets] -> PNG: small pictures side by side, each column under its title."""
+"""Writes sheets of small pictures as PNGs: one row per image, one titled column per kind of picture."""
 
 from collections.abc import Sequence
 from functools import cache
@@ -10,29 +10,30 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from patchmill.trainer.draw.style import INK
+
 GAP = 6
 """white pixels between pictures"""
 FONT_SIZE, LINE_GAP = 15, 2
-INK = (40, 46, 54)
 
 
 class Column(NamedTuple):
-    """What stands below each other on a sheet."""
+    """A column of pictures under one title."""
 
     title: str
-    """may have several lines"""
+    """may span several lines"""
     images: Tensor
-    """uint8 [B, H, W, C]; one channel is drawn grey, of more than three the first three"""
+    """uint8 [B, H, W, C]; one channel is drawn in grey, of more than three only the first three"""
 
 
 def write_sheet(columns: Sequence[Column], path: Path, *, across: int = 1, cell: int = 144) -> None:
-    """Writes a PNG with one row of pictures an image, a picture of every column, titles on top.
+    """Writes a PNG with one row per image: its picture from every column, with the titles on top.
 
     Args:
-        columns: as many images in each; the first decides how large a picture is. Smaller images (maps of patches) are
-            enlarged to that size without smoothing, so that what is a patch looks like one.
-        across: rows that stand side by side.
-        cell: height of a picture in pixels, about: small images are enlarged by a whole number.
+        columns: the same number of images in each; the first sets the size of all pictures. Smaller images (maps of
+            patches) are enlarged without smoothing: every patch stays a visible square.
+        across: rows side by side.
+        cell: height of a picture in pixels. It is approximate: small images are enlarged by a whole number.
     """
     size = _picture_size(columns[0].images, cell)
     drawn = [[_picture(image, size) for image in column.images.cpu()] for column in columns]
@@ -58,14 +59,14 @@ def write_sheet(columns: Sequence[Column], path: Path, *, across: int = 1, cell:
 
 
 def coloured(maps_BHW: Tensor, colours: str = "viridis") -> Tensor:
-    """Numbers from 0 to 1 in the colours of a matplotlib colour map, uint8 [B, H, W, 3]."""
+    """Maps numbers from 0 to 1 to the colours of a matplotlib colour map: uint8 [B, H, W, 3]."""
     from matplotlib import colormaps
 
     return torch.from_numpy((colormaps[colours](maps_BHW.cpu().numpy())[..., :3] * 255).round().astype(np.uint8))
 
 
 def _picture_size(images_BHWC: Tensor, cell: int) -> tuple[int, int]:
-    """Width and height of a picture: whole multiples of small images, `cell` high where they are larger."""
+    """Width and height of a picture: a whole multiple of a small image, `cell` high for a larger one."""
     height, width = images_BHWC.shape[1:3]
     if height > cell:
         return round(width * cell / height), cell
@@ -83,7 +84,7 @@ def _picture(image_HWC: Tensor, size: tuple[int, int]) -> Image.Image:
 
 
 def _wrapped(title: str, width: int) -> str:
-    """The title with lines no wider than a column, where its words allow it."""
+    """Breaks the title into lines no wider than a column; a word that is wider keeps a line to itself."""
     lines: list[str] = []
     for line in title.split("\n"):
         words = line.split(" ")
