@@ -72,7 +72,7 @@ def test_normalised_images_are_taken_apart():
     ids=["normalised", "floats", "another size"],
 )
 def test_other_images_are_refused_with_the_way_out(images):
-    with pytest.raises(ValueError, match=r"wants torch\.uint8 \[B, 32, 32, 3\] \(channels last\).*encoder\.encode"):
+    with pytest.raises(ValueError, match=r"takes torch\.uint8 \[B, 32, 32, 3\] \(channels last\).*encoder\.encode"):
         build_encoder(random_checkpoint(TINY))(images)
 
 

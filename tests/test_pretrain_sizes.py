@@ -157,14 +157,14 @@ def test_a_smaller_image_is_seen_as_by_a_model_made_for_it(changes, dataset):
     other.load_state_dict(tensors)
     images = torch.randint(0, 256, (4, 24, 16, 3), dtype=torch.uint8)
     plan = MaskPlan.draw(MaskConfig(ratio=0.5), seed=0, epoch=0, sample_ids_B=torch.arange(4), grid_hw=(3, 2))
-    with pytest.raises(ValueError, match=re.escape("the model wants [B, 32, 32, 3]")):
+    with pytest.raises(ValueError, match=re.escape("the model takes [B, 32, 32, 3]")):
         model(images, plan)
     model.input_hw = (24, 16)
     with torch.no_grad():
         ours, theirs = model(images, plan), other(images, plan)
     assert torch.equal(ours.loss, theirs.loss)
     assert torch.equal(ours.pred, theirs.pred)
-    with pytest.raises(ValueError, match=re.escape("the model wants [B, 24, 16, 3]")):
+    with pytest.raises(ValueError, match=re.escape("the model takes [B, 24, 16, 3]")):
         model(torch.zeros(4, 32, 32, 3, dtype=torch.uint8), plan)
 
 

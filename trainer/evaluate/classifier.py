@@ -6,8 +6,7 @@ linear probe's head is `head.0` (BatchNorm without affine) and `head.1`.
 Shapes: B images, L patches, N = 1 + L tokens, D width, A classes.
 """
 
-from collections.abc import Iterable
-from typing import Literal, cast
+from typing import Literal
 
 import numpy as np
 import torch
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 from patchmill.kernels.philox import STREAM_COLOUR, draw_numpy, uniform_numpy
 from patchmill.trainer.config.evaluate import Pool
 from patchmill.trainer.model.encoder import Encoder
-from patchmill.trainer.model.vit import LAYER_NORM_EPS, Block
+from patchmill.trainer.model.vit import LAYER_NORM_EPS, EncoderBody
 
 DROP_PATH_BLOCK = 1024
 """first Philox block of the colour stream that drop path draws from"""
@@ -25,7 +24,7 @@ DROP_PATH_BLOCK = 1024
 Head = Literal["linear", "probe"]
 
 
-class Classifier(nn.Module):
+class Classifier(EncoderBody):
     """An encoder, a pooling rule and a linear head; nothing is masked."""
 
     def __init__(self, encoder: Encoder, num_classes: int, pool: Pool, head: Head) -> None:
@@ -60,14 +59,7 @@ class Classifier(nn.Module):
 
     def features(self, images_BCHW: Tensor, path_scales_SB: Tensor | None = None) -> Tensor:
         """What the head sees: [B, D]."""
-        tokens_BLD = self.patch_embed.proj(images_BCHW).flatten(2).transpose(1, 2) + self.pos_embed[:, 1:]
-        cls_B1D = (self.cls_token + self.pos_embed[:, :1]).expand(len(tokens_BLD), -1, -1)
-        x_BND = torch.cat([cls_B1D, tokens_BLD], dim=1)
-        for number, block in enumerate(cast(Iterable[Block], self.blocks)):
-            if path_scales_SB is None:
-                x_BND = block(x_BND)
-            else:
-                x_BND = _scaled_block(block, x_BND, path_scales_SB[2 * number], path_scales_SB[2 * number + 1])
+        x_BND = self.run_blocks(self.embed_images(images_BCHW), path_scales_SB)
         if hasattr(self, "fc_norm"):
             return self.fc_norm(x_BND[:, 1:].mean(1))
         x_BND = self.norm(x_BND)
@@ -148,8 +140,3 @@ def path_scales(
         rates_S[: branches - int(2 * tuned_blocks)] = 0.0
     kept_SB = uniform_SB >= rates_S[:, None]
     return torch.from_numpy((kept_SB / (1 - rates_S)[:, None]).astype(np.float32))
-
-
-def _scaled_block(block: Block, x_BND: Tensor, attn_B: Tensor, mlp_B: Tensor) -> Tensor:
-    x_BND = x_BND + attn_B.to(x_BND.dtype)[:, None, None] * block.attn(block.norm1(x_BND))
-    return x_BND + mlp_B.to(x_BND.dtype)[:, None, None] * block.mlp(block.norm2(x_BND))

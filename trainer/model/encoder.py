@@ -1,7 +1,7 @@
-"""checkpoint -> [encoder] -> features: the pretrained half of the model as a plain module, for whole images.
+"""Wraps a pretrained encoder as a plain module that maps whole images to features.
 
-Nothing is masked, no operator of our own is called, and the normalisation constants come along, so that what was
-trained is what runs: in PyTorch, under torch.compile, or exported to ONNX.
+It masks nothing and calls only standard PyTorch operators, and it carries the normalisation constants. The same module
+runs in PyTorch, under torch.compile and exported to ONNX.
 
 Shapes: B images, L patches, D encoder width, p patch size, H W C pixels.
 """
@@ -9,13 +9,13 @@ Shapes: B images, L patches, D encoder width, p patch size, H W C pixels.
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from patchmill.trainer.model.vit import VisionTransformer
+from patchmill.trainer.model.vit import EncoderBody, VisionTransformer
 
 
 class Features(NamedTuple):
-    """What the encoder makes of a batch, after its last norm."""
+    """An encoder's output for a batch, after its last norm."""
 
     cls_token: Tensor
     """[B, D]"""
@@ -23,8 +23,8 @@ class Features(NamedTuple):
     """[B, L, D], row by row"""
 
 
-class Encoder(nn.Module):
-    """The encoder of a masked autoencoder; it shares the model's parameters and their published names."""
+class Encoder(EncoderBody):
+    """The encoder of a masked autoencoder. It shares the model's parameters under their published names."""
 
     mean: Tensor
     std: Tensor
@@ -41,31 +41,26 @@ class Encoder(nn.Module):
         self.register_buffer("std", torch.tensor(c.std).view(-1, 1, 1), persistent=False)
 
     def forward(self, images_BHWC: Tensor) -> Features:
-        """uint8 [B, H, W, C] images, as the loader and image files have them -> features."""
+        """uint8 images [B, H, W, C], as the loader and image files give them -> features."""
         return self.encode(self.normalise(images_BHWC))
 
     def normalise(self, images_BHWC: Tensor) -> Tensor:
         """uint8 [B, H, W, C] -> [B, C, H, W] in the parameters' dtype: (value / 255 - mean) / std.
 
         Raises:
-            ValueError: images of another dtype or size than the model's.
+            ValueError: images that do not have this dtype and the model's size.
         """
-        wanted = (*self.config.image_hw, self.config.channels)
-        if images_BHWC.dtype != torch.uint8 or tuple(images_BHWC.shape[1:]) != wanted:
+        expected = (*self.config.image_hw, self.config.channels)
+        if images_BHWC.dtype != torch.uint8 or tuple(images_BHWC.shape[1:]) != expected:
             raise ValueError(
-                f"images are {images_BHWC.dtype} {tuple(images_BHWC.shape)}; the encoder wants torch.uint8 "
-                f"[B, {wanted[0]}, {wanted[1]}, {wanted[2]}] (channels last); images that are normalised go to "
-                "encoder.encode, and load_encoder(path, image_size=...) makes an encoder for another size"
+                f"images are {images_BHWC.dtype} {tuple(images_BHWC.shape)}; the encoder takes torch.uint8 "
+                f"[B, {', '.join(map(str, expected))}] (channels last). Pass normalised images to encoder.encode; for "
+                "another size, load the encoder with load_encoder(path, image_size=...)"
             )
         x_BCHW = images_BHWC.permute(0, 3, 1, 2).to(torch.float32) / 255
         return ((x_BCHW - self.mean) / self.std).to(self.pos_embed.dtype)
 
     def encode(self, images_BCHW: Tensor) -> Features:
         """Normalised images [B, C, H, W], as timm and transformers take them -> features."""
-        tokens_BLD = self.patch_embed.proj(images_BCHW).flatten(2).transpose(1, 2) + self.pos_embed[:, 1:]
-        cls_B1D = (self.cls_token + self.pos_embed[:, :1]).expand(tokens_BLD.shape[0], -1, -1)
-        x_BND = torch.cat([cls_B1D, tokens_BLD], dim=1)
-        for block in self.blocks:
-            x_BND = block(x_BND)
-        x_BND = self.norm(x_BND)
+        x_BND = self.norm(self.run_blocks(self.embed_images(images_BCHW)))
         return Features(x_BND[:, 0], x_BND[:, 1:])

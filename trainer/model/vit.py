@@ -1,12 +1,15 @@
-"""patches -> [vision transformer blocks] -> features: the parts that every model of this folder is made of.
+"""Defines the vision transformer that all models share: blocks, patch embedding, positions and the encoder.
 
 Names and arithmetic are those of the published code (timm's ViT as He et al. 2021 use it): pre-norm blocks, one `qkv`
 matrix, GELU (erf), LayerNorm eps 1e-6, and sin-cos positions whose first half comes from the column.
 
-Shapes: B images, K patches looked at, N tokens, Q query tokens, D width, H heads; H W C of images: their pixels.
+Shapes: B images, L patches, K patches seen, N tokens, Q query tokens, S residual branches, D width, H heads, d = D / H;
+for images, H W C are height, width and channels.
 """
 
 import math
+from collections.abc import Iterable
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -22,13 +25,14 @@ LAYER_NORM_EPS = 1e-6
 
 
 def attention(q_BHQd: Tensor, k_BHNd: Tensor, v_BHNd: Tensor) -> Tensor:
-    """Softmax attention, chosen per device by measurement (docs/decisions.md).
+    """Computes softmax attention, in the form that measured fastest on the device (docs/decisions.md).
 
-    On a GPU PyTorch's fused kernels win. On a CPU its fused backward is slow at ViT lengths, so that three plain
-    batched products are faster there.
+    On a GPU, PyTorch's fused kernels win. On a CPU, their backward pass is slow at ViT lengths and plain batched
+    products are faster.
 
     Args:
-        q_BHQd: queries; k_BHNd, v_BHNd: keys and values; one floating dtype.
+        q_BHQd: queries, floating point.
+        k_BHNd, v_BHNd: keys and values, in the same dtype.
     Returns:
         [B, H, Q, d] in the dtype of v.
     """
@@ -39,7 +43,7 @@ def attention(q_BHQd: Tensor, k_BHNd: Tensor, v_BHNd: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention; the queries may be restricted to some tokens while all stay keys and values."""
+    """Multi-head self-attention. Queries may come from some tokens only; keys and values come from all."""
 
     def __init__(self, dim: int, num_heads: int) -> None:
         super().__init__()
@@ -48,7 +52,7 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x_BND: Tensor, queries_BQD: Tensor | None = None) -> Tensor:
-        """[B, N, D] -> [B, N, D], or [B, Q, D] when the queries are given apart."""
+        """[B, N, D] -> [B, N, D], or [B, Q, D] with separate query tokens."""
         B, N, D = x_BND.shape
         heads, d = self.num_heads, D // self.num_heads
         if queries_BQD is None:
@@ -62,7 +66,7 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
-    """Two linear layers with a GELU between."""
+    """Two linear layers with a GELU between them."""
 
     def __init__(self, dim: int, hidden: int) -> None:
         super().__init__()
@@ -85,7 +89,10 @@ class Block(nn.Module):
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
 
     def forward(self, x_BND: Tensor, ids_BQ: Tensor | None = None) -> Tensor:
-        """All tokens, or only the tokens `ids_BQ` (int32) attending to all: the same numbers for those, less work."""
+        """Transforms all tokens, or only the tokens `ids_BQ` (int32), which still attend to all.
+
+        The chosen tokens get the same numbers either way; choosing them saves the work for the others.
+        """
         normed_BND = self.norm1(x_BND)
         if ids_BQ is None:
             x = x_BND + self.attn(normed_BND)
@@ -93,9 +100,14 @@ class Block(nn.Module):
             x = gather_tokens(x_BND, ids_BQ) + self.attn(normed_BND, gather_tokens(normed_BND, ids_BQ))
         return x + self.mlp(self.norm2(x))
 
+    def with_scaled_branches(self, x_BND: Tensor, attn_B: Tensor, mlp_B: Tensor) -> Tensor:
+        """The block with both residual branches of each image scaled: drop path (Huang et al. 2016)."""
+        x_BND = x_BND + attn_B.to(x_BND.dtype)[:, None, None] * self.attn(self.norm1(x_BND))
+        return x_BND + mlp_B.to(x_BND.dtype)[:, None, None] * self.mlp(self.norm2(x_BND))
+
 
 class PatchEmbed(nn.Module):
-    """Patches to tokens. The weight keeps the published convolution's shape [D, C, p, p]."""
+    """Embeds patches as tokens. The weight keeps the published convolution's shape [D, C, p, p]."""
 
     def __init__(self, patch_size: int, channels: int, dim: int) -> None:
         super().__init__()
@@ -107,8 +119,42 @@ class PatchEmbed(nn.Module):
         return F.linear(patches_BKP, weight_DP, self.proj.bias)
 
 
-class VisionTransformer(nn.Module):
-    """The encoder that all models have, under its published names; each adds what it predicts with, and its target."""
+class EncoderBody(nn.Module):
+    """The encoder's parameters, under their published names, and their one forward pass.
+
+    Pretraining models (below), feature extraction (encoder.py) and classifiers (evaluate/classifier.py) build on it.
+    They feed it other tokens and norm or pool its output in their own ways.
+    """
+
+    cls_token: nn.Parameter
+    pos_embed: nn.Parameter
+    patch_embed: PatchEmbed
+    blocks: nn.ModuleList
+
+    def embed_images(self, images_BCHW: Tensor) -> Tensor:
+        """Normalised images [B, C, H, W] -> tokens of all patches with their positions [B, L, D]."""
+        return self.patch_embed.proj(images_BCHW).flatten(2).transpose(1, 2) + self.pos_embed[:, 1:]
+
+    def run_blocks(self, tokens_BKD: Tensor, path_scales_SB: Tensor | None = None) -> Tensor:
+        """Tokens with their positions [B, K, D] -> features before the last norm [B, 1 + K, D], class token first.
+
+        Args:
+            path_scales_SB: factor for each residual branch of each image, two branches per block; None for all ones.
+        """
+        # shape[0], not len(): an exported graph keeps the batch size free
+        cls_B1D = (self.cls_token + self.pos_embed[:, :1]).expand(tokens_BKD.shape[0], -1, -1)
+        x_BND = torch.cat([cls_B1D, tokens_BKD], dim=1)
+        for number, block in enumerate(cast(Iterable[Block], self.blocks)):
+            if path_scales_SB is None:
+                x_BND = block(x_BND)
+            else:
+                attn_B, mlp_B = path_scales_SB[2 * number], path_scales_SB[2 * number + 1]
+                x_BND = block.with_scaled_branches(x_BND, attn_B, mlp_B)
+        return x_BND
+
+
+class VisionTransformer(EncoderBody):
+    """The encoder of every pretraining model. Each model adds a decoder or head, and its target."""
 
     mask_token: nn.Parameter
     target: Target
@@ -122,43 +168,39 @@ class VisionTransformer(nn.Module):
         self.blocks = nn.ModuleList(Block(c.embed_dim, c.num_heads, c.mlp_ratio) for _ in range(c.depth))
         self.norm = nn.LayerNorm(c.embed_dim, eps=LAYER_NORM_EPS)
         self.input_hw = c.image_hw
-        """height and width of the images that are taken now: a run of growing sizes trains on smaller ones at first"""
+        """height and width of the current input images; a run with a size schedule starts with smaller ones"""
 
     @property
     def grid_hw(self) -> tuple[int, int]:
-        """Patches down and across of the images that are taken now."""
+        """Rows and columns of patches of the current input images."""
         return self.input_hw[0] // self.config.patch_size, self.input_hw[1] // self.config.patch_size
 
     def positions(self, table_1ND: Tensor) -> Tensor:
-        """A position table of the model for the images that are taken now: itself, or interpolated (resize.py)."""
+        """A position table of the model, interpolated if the current input images have another grid of patches."""
         return interpolate_positions(table_1ND, self.config.grid_hw, self.grid_hw)
 
     def initialise(self) -> None:
-        """The published random weights, from torch's generator; for the end of a model's __init__."""
+        """Draws the published random weights from torch's generator. Models call it at the end of __init__."""
         self.apply(initialise)
         for token in (self.cls_token, self.mask_token):
             nn.init.normal_(token, std=0.02)
 
     def encode(self, images_BHWC: Tensor, ids_keep_BK: Tensor) -> Tensor:
-        """uint8 images and the patches to look at (int32) -> normed features [B, 1 + K, D], class token first."""
+        """uint8 images and the patches to see (int32) -> normed features [B, 1 + K, D], class token first."""
         c = self.config
         patches_BKP = gather_patches(images_BHWC, ids_keep_BK, c.patch_size, c.mean, c.std, self.pos_embed.dtype)
         return self.transform(self.patch_embed(patches_BKP) + self.positions(self.pos_embed)[0, 1:][ids_keep_BK])
 
     def transform(self, tokens_BKD: Tensor) -> Tensor:
         """Tokens with their positions [B, K, D] -> normed features [B, 1 + K, D], class token first."""
-        cls_B1D = (self.cls_token + self.pos_embed[:, :1]).expand(len(tokens_BKD), -1, -1)
-        x_BND = torch.cat([cls_B1D, tokens_BKD], dim=1)
-        for block in self.blocks:
-            x_BND = block(x_BND)
-        return self.norm(x_BND)
+        return self.norm(self.run_blocks(tokens_BKD))
 
     def check(self, images_BHWC: Tensor, plan: MaskPlan) -> None:
-        """Raises ValueError for images or a plan of another size than the model's."""
-        wanted = (*self.input_hw, self.config.channels)
-        if tuple(images_BHWC.shape[1:]) != wanted:
+        """Raises ValueError if images or plan do not have the model's size."""
+        expected = (*self.input_hw, self.config.channels)
+        if tuple(images_BHWC.shape[1:]) != expected:
             raise ValueError(
-                f"images are {tuple(images_BHWC.shape)}; the model wants [B, {wanted[0]}, {wanted[1]}, {wanted[2]}] "
+                f"images are {tuple(images_BHWC.shape)}; the model takes [B, {', '.join(map(str, expected))}] "
                 "(height, width and channels last): set the loader's image size to the model's"
             )
         patches = self.grid_hw[0] * self.grid_hw[1]
@@ -167,9 +209,9 @@ class VisionTransformer(nn.Module):
 
 
 def sincos_positions(dim: int, grid_hw: tuple[int, int], num_prefix: int = 1) -> Tensor:
-    """The fixed 2-D sin-cos position table (published `get_2d_sincos_pos_embed`).
+    """Computes the fixed 2-D sin-cos position table (published `get_2d_sincos_pos_embed`).
 
-    Row layout is [sin(x) | cos(x) | sin(y) | cos(y)]: the column comes first, as published. Prefix rows are zero.
+    Each row is [sin(x) | cos(x) | sin(y) | cos(y)]: the column comes first, as published. Prefix rows are zero.
 
     Returns:
         [1, num_prefix + L, dim] fp32, computed in fp64.
@@ -184,9 +226,9 @@ def sincos_positions(dim: int, grid_hw: tuple[int, int], num_prefix: int = 1) ->
 
 
 def initialise(module: nn.Module) -> None:
-    """The published initialisation of a module's own parameters: Xavier-uniform matrices, zero biases, unit norms.
+    """Initialises one module's parameters as published: Xavier-uniform matrices, zero biases, unit norms.
 
-    To be given to `nn.Module.apply`.
+    Pass it to `nn.Module.apply`.
     """
     if isinstance(module, nn.Linear):
         nn.init.xavier_uniform_(module.weight)
