@@ -211,7 +211,7 @@ def test_a_header_that_claims_a_giant_model_takes_no_memory(field, hostile):
 def test_a_state_that_is_none_is_refused(text, hostile):
     path, seal = hostile
     (path / "state.json").write_text(text)
-    with pytest.raises(ValueError, match=r"state.json is no state of a run"):
+    with pytest.raises(ValueError, match=r"state.json does not hold the state of a run"):
         restore(seal())
 
 
@@ -219,5 +219,5 @@ def test_a_header_length_beyond_the_file_is_refused(hostile):
     path, seal = hostile
     raw = (path / "model.safetensors").read_bytes()
     (path / "model.safetensors").write_bytes((2**62).to_bytes(8, "little") + raw[8:])
-    with pytest.raises(ValueError, match="no safetensors file"):
+    with pytest.raises(ValueError, match="not a readable safetensors file"):
         restore(seal())

@@ -125,7 +125,7 @@ def test_load_model_says_what_is_wrong(tmp_path):
     with pytest.raises(ValueError, match="no such file"):
         checkpoint.load_model(tmp_path / "absent")
     (tmp_path / "junk.safetensors").write_bytes(b"junk" * 100)
-    with pytest.raises(ValueError, match="no safetensors file"):
+    with pytest.raises(ValueError, match="not a readable safetensors file"):
         checkpoint.load_model(tmp_path / "junk.safetensors")
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
     with pytest.raises(ValueError, match="no valid checkpoint"):

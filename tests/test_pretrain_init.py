@@ -60,9 +60,9 @@ def test_a_run_begins_with_the_weights_of_another(dataset, first, tmp_path):
 def test_an_encoder_alone_leaves_the_decoder_to_the_seed(first, tmp_path):
     found = read_checkpoint(first)
     write_checkpoint(found._replace(tensors=encoder_only(found.tensors)), tmp_path / "encoder.safetensors")
-    check_decoder_is_of_the_seed(found, tmp_path / "encoder.safetensors", "encoder; it has no decoder")
+    check_decoder_is_of_the_seed(found, tmp_path / "encoder.safetensors", "encoder; the file has no decoder")
     shallow = found._replace(config=dataclasses.replace(found.config, decoder_depth=1))
-    check_decoder_is_of_the_seed(shallow, first, "encoder; its decoder is another (decoder_depth 2 there, 1 here)")
+    check_decoder_is_of_the_seed(shallow, first, "encoder; its decoder differs (decoder_depth 2 there, 1 here)")
 
 
 def check_decoder_is_of_the_seed(found, path, words):
@@ -87,7 +87,7 @@ def test_positions_are_interpolated_to_another_size(first):
 
 def test_what_does_not_fit_is_said_with_a_remedy(dataset, first, tmp_path):
     for changes, said in (
-        ({"init": str(first), "model__depth": 3}, "another encoder .depth 2 there, 3 here"),
+        ({"init": str(first), "model__depth": 3}, "encoder of another shape .depth 2 there, 3 here"),
         ({"init": str(tmp_path / "none")}, "none"),
     ):
         with pytest.raises((ValueError, OSError), match=said):

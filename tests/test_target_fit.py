@@ -112,7 +112,7 @@ def test_too_few_patches_are_called_so():
     covariance.add(patches_of(5))
     with pytest.raises(ValueError, match="5 patches cannot give 10 components"):
         principal_components(covariance, 10)
-    with pytest.raises(ValueError, match="1 different patches cannot make 2 codes"):
+    with pytest.raises(ValueError, match="1 distinct patches cannot make 2 codes"):
         first_codes(torch.ones(5, 3), 2, seed=0)
 
 
@@ -302,10 +302,10 @@ def test_what_cannot_be_is_named_with_a_remedy(dataset, tmp_path):
     refused(r"model\.target pca comes from a file: give --target-path; `patchmill target pca --help`")
     refused(r"target_width 16 there, 8 here", file, model__target_width=8)
     refused(r"norm_pix_loss False there, True here", file, model__norm_pix_loss=True)
-    refused(r"model\.target is pixels, which needs none", file, model__target="pixels", model__target_width=0)
-    refused("is no safetensors file", tmp_path / "none.safetensors")
+    refused(r"model\.target pixels needs no file", file, model__target="pixels", model__target_width=0)
+    refused("is not a readable safetensors file", tmp_path / "none.safetensors")
     save_file({"mean": torch.zeros(192)}, tmp_path / "other.safetensors")
-    refused("is no target file of patchmill", tmp_path / "other.safetensors")
+    refused("is not a target file of patchmill", tmp_path / "other.safetensors")
     refused(r"at most 192 exist", model__target_width=500)
     refused(r"model\.target dvae takes 3 channels, not 1", model__target="dvae", model__target_width=0, **GREY)
     refused(r"tokens cannot be drawn", model__target="dvae", model__target_width=0, train__picture_every_epochs=1.0)

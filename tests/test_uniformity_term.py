@@ -13,6 +13,7 @@ from test_world_ranks import config_of
 
 from patchmill.pipeline.plan.masks import MaskConfig, MaskPlan
 from patchmill.trainer.checkpoints import checkpoint
+from patchmill.trainer.checkpoints.model_file import parse_model_config
 from patchmill.trainer.config.model import ModelConfig
 from patchmill.trainer.engine.world import join_world
 from patchmill.trainer.metrics import read_metrics
@@ -178,4 +179,4 @@ def test_illegal_options_are_named():
     with pytest.raises(ValueError, match="uniformity_weight is -1; it must not be negative"):
         ModelConfig(uniformity_weight=-1)
     with pytest.raises(ValueError, match="uniformity_form must be one of as-published, global-gradient"):
-        checkpoint.parse_model_config(json.dumps({"uniformity_form": "none"}), Path("file"))
+        parse_model_config(json.dumps({"uniformity_form": "none"}), Path("file"))

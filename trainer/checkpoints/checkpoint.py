@@ -1,13 +1,13 @@
-"""run <-> [checkpoint folder] -> exact resume: tensors as safetensors, the rest as JSON, no pickle anywhere.
+"""Writes and restores checkpoint folders for exact resume: tensors as safetensors, the rest as JSON, no pickle.
 
     checkpoints/step-00001200/
       model.safetensors      published parameter names; the model's config in the header
       optimizer.safetensors  exp_avg.<name>, exp_avg_sq.<name>, step.<name>, guard.<name>
-      state.json             step, the loader's state (epoch, step, what the data were), torch's version
-      SHA256SUMS             of the three, written last
+      state.json             step, the loader's state (epoch, step, fingerprint of the data), torch's version
+      SHA256SUMS             checksums of the three files, written last
 
-A folder is written beside and renamed when it is whole, so that it is either absent or complete; sums are checked
-before anything is read.
+A folder is written under a temporary name and renamed when complete: under its own name it is complete or absent.
+Readers verify the checksums first.
 """
 
 import dataclasses
@@ -19,11 +19,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from patchmill.trainer.config.model import ModelConfig
+from patchmill.trainer.checkpoints.model_file import check_size, load_weights, read_model_config, shard_like
+from patchmill.trainer.config.model import list_changes
 from patchmill.trainer.engine.step import Guard, whole
 from patchmill.trainer.model.build import build_model
 from patchmill.trainer.model.vit import VisionTransformer
@@ -34,14 +35,14 @@ OPTIMIZER_KEYS = ("step", "exp_avg", "exp_avg_sq")
 
 
 class Damage(NamedTuple):
-    """A checkpoint that cannot be used, and why."""
+    """A damaged checkpoint and the reason why it cannot be used."""
 
     path: Path
     reason: str
 
 
 class Snapshot(NamedTuple):
-    """All that a checkpoint holds, whole tensors even where parameters are sharded."""
+    """The contents of a checkpoint, with whole tensors even if parameters are sharded."""
 
     header: dict[str, str]
     model: dict[str, Tensor]
@@ -58,12 +59,12 @@ def take_snapshot(
     copy: bool = False,
     keep: bool = True,
 ) -> Snapshot:
-    """Collects what a checkpoint holds. Every rank must call it: shards are gathered here.
+    """Collects the contents of a checkpoint. Every rank must call it: it gathers shards.
 
     Args:
-        state: plain values, fit for JSON.
-        copy: own copies in main memory, so that training may go on while they are written.
-        keep: False on the ranks that do not write.
+        state: plain values that JSON can hold.
+        copy: copy tensors to main memory, which lets training continue while they are written.
+        keep: False on ranks that do not write.
     """
 
     def all_of(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -76,17 +77,17 @@ def take_snapshot(
 
     header = {"format": "patchmill", "model": json.dumps(dataclasses.asdict(model.config))}
     moments = _optimizer_tensors(model, optimizer) | {f"guard.{name}": value for name, value in guard.state.items()}
-    # apex counts steps in its groups, torch beside each parameter's moments
+    # apex counts steps per parameter group, torch per parameter, together with the moments
     steps = [group.get("step") for group in optimizer.param_groups]
     state = {"torch": torch.__version__, "group_steps": steps, **state}
     return Snapshot(header, all_of(model.state_dict()), all_of(moments), state)
 
 
 def write(run: Path, step: int, snapshot: Snapshot) -> Path:
-    """Writes checkpoints/step-XXXXXXXX of a run, atomically; `step` counts updates done.
+    """Writes checkpoints/step-XXXXXXXX of a run atomically; `step` counts updates done.
 
     Raises:
-        OSError: the disk is full or the folder cannot be written; nothing half-written is left.
+        OSError: the disk is full or the folder is not writable; nothing half-written remains.
     """
     final = folder(run, step)
     beside = final.with_name(f".{final.name}.tmp")
@@ -113,8 +114,7 @@ def write(run: Path, step: int, snapshot: Snapshot) -> Path:
 
 
 def prune(run: Path, keep_last: int, keep_every_steps: int | None = None) -> None:
-    """Deletes all but the newest `keep_last` checkpoints, those of every `keep_every_steps`-th step, and what a kill
-    left of one that was being written."""
+    """Keeps the newest `keep_last` checkpoints and every `keep_every_steps`-th; deletes the others and partial ones."""
     for path in (run / "checkpoints").glob(".step-*.tmp"):
         shutil.rmtree(path)
     for path in all_checkpoints(run)[:-keep_last]:
@@ -123,22 +123,22 @@ def prune(run: Path, keep_last: int, keep_every_steps: int | None = None) -> Non
 
 
 def folder(run: Path, step: int) -> Path:
-    """Where the checkpoint after `step` updates lies."""
+    """Folder of the checkpoint after `step` updates."""
     return run / "checkpoints" / f"step-{step:08d}"
 
 
 def step_of(path: Path) -> int:
-    """The step in a checkpoint folder's name."""
+    """The step in the name of a checkpoint folder."""
     return int(path.name.removeprefix("step-"))
 
 
 def all_checkpoints(run: Path) -> list[Path]:
-    """A run's checkpoint folders, oldest first."""
+    """The checkpoint folders of a run, oldest first."""
     return sorted((run / "checkpoints").glob("step-" + "[0-9]" * 8))
 
 
 def newest_valid(run: Path) -> tuple[Path | None, list[Damage]]:
-    """The newest checkpoint whose sums hold, and the newer ones that were passed over."""
+    """Finds the newest undamaged checkpoint; also returns the damaged newer ones."""
     damaged: list[Damage] = []
     for path in reversed(all_checkpoints(run)):
         reason = find_damage(path)
@@ -149,7 +149,7 @@ def newest_valid(run: Path) -> tuple[Path | None, list[Damage]]:
 
 
 def find_damage(path: Path) -> str | None:
-    """Why a checkpoint folder cannot be trusted, or None when every file has the sum it was written with."""
+    """Returns why a checkpoint folder is damaged, or None if every file matches its checksum."""
     for name in (*FILES, SUMS):
         if not (path / name).is_file():
             return f"{name} is missing"
@@ -168,22 +168,23 @@ def find_damage(path: Path) -> str | None:
 
 
 def restore(path: Path, model: VisionTransformer, optimizer: torch.optim.Optimizer, guard: Guard) -> dict[str, Any]:
-    """Loads weights, moments and guard in place and returns the saved state. `find_damage` must have passed it.
+    """Loads weights, moments and guard in place and returns the saved state. Check `find_damage` first.
 
     Raises:
-        ValueError: the checkpoint is of another model, or was not written by this program.
+        ValueError: the checkpoint holds another model or was not written by this program.
     """
     saved = read_model_config(path / FILES[0])
     if saved != model.config:
-        changed = [f.name for f in dataclasses.fields(saved) if getattr(saved, f.name) != getattr(model.config, f.name)]
-        detail = ", ".join(f"{n} {getattr(saved, n)} there, {getattr(model.config, n)} here" for n in changed)
-        raise ValueError(f"checkpoint {path} is of another model ({detail}); use its options, or another --out")
+        detail = list_changes(saved, model.config)
+        raise ValueError(f"checkpoint {path} holds another model ({detail}); use its options, or another --out")
     state = _read_state(path / FILES[2])
     load_weights(path / FILES[0], model)
     try:
         tensors = load_file(path / FILES[1])
     except SafetensorError as error:
-        raise ValueError(f"{path / FILES[1]} is no safetensors file: {error}; take another checkpoint") from error
+        raise ValueError(
+            f"{path / FILES[1]} is not a readable safetensors file: {error}; take another checkpoint"
+        ) from error
     held = {name.partition(".")[0] for name in tensors}
     for name, parameter in _trained(model, optimizer):
         for key in (key for key in OPTIMIZER_KEYS if key in held):
@@ -200,7 +201,7 @@ def restore(path: Path, model: VisionTransformer, optimizer: torch.optim.Optimiz
 
 
 def _read_state(path: Path) -> dict[str, Any]:
-    """state.json, of the shape that `write` gives it. Raises ValueError for anything else."""
+    """Reads state.json. Raises ValueError if it does not look like what `write` wrote."""
     try:
         state = json.loads(path.read_text(encoding="utf-8"))
         steps, loader = state["group_steps"], state["loader"]
@@ -211,14 +212,14 @@ def _read_state(path: Path) -> dict[str, Any]:
             or not all(type(n) is int and n >= 0 for n in numbers)
             or not isinstance(loader["fingerprint"], dict)
         ):
-            raise ValueError("a value of another type than was written")
+            raise ValueError("a value has the wrong type")
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ValueError(f"{path} is no state of a run ({error}); take another checkpoint") from error
+        raise ValueError(f"{path} does not hold the state of a run ({error}); take another checkpoint") from error
     return state
 
 
 def _fitting(tensors: dict[str, Tensor], name: str, shape: tuple[int, ...], path: Path) -> Tensor:
-    """The fp32 tensor of that name and shape. Raises ValueError when there is none."""
+    """Returns the fp32 tensor of that name and shape. Raises ValueError if there is none."""
     value = tensors.get(name)
     if value is None or value.shape != shape or value.dtype != torch.float32:
         what = "missing" if value is None else f"{value.dtype} {tuple(value.shape)}"
@@ -226,35 +227,27 @@ def _fitting(tensors: dict[str, Tensor], name: str, shape: tuple[int, ...], path
     return value
 
 
-def shard_like(full: Tensor, target: Any) -> Tensor:
-    """A whole tensor on the device of `target` (a tensor), sharded as it is."""
-    if not hasattr(target, "full_tensor"):
-        return full.to(target.device)
-    from torch.distributed.tensor import distribute_tensor  # takes a second to import
-
-    # every rank has read the file: each takes its own part of it, and nothing is sent
-    return distribute_tensor(full.to(target.device), target.device_mesh, target.placements, src_data_rank=None)
-
-
 def load_model(path: str | Path) -> tuple[VisionTransformer, Path]:
-    """A model in eval mode from a run folder (its newest valid checkpoint), a checkpoint folder or a .safetensors file.
+    """Loads a model, in eval mode, from a run folder (newest valid checkpoint), checkpoint folder or .safetensors file.
 
+    Returns:
+        the model and the file it came from.
     Raises:
-        ValueError: no checkpoint there, or a damaged or foreign one; the message says which and what to do.
+        ValueError: there is no checkpoint, or it is damaged or foreign.
     """
     path = find_model_file(path)
     config = read_model_config(path)
-    _check_size(config, path)
+    check_size(config, path)
     model = build_model(config)
     load_weights(path, model)
     return model.eval(), path
 
 
 def find_model_file(path: str | Path) -> Path:
-    """The model.safetensors of a run folder (its newest valid checkpoint) or of a checkpoint folder; a file is itself.
+    """Finds the model.safetensors of a run folder (newest valid checkpoint) or checkpoint folder; a file is returned.
 
     Raises:
-        ValueError: no checkpoint there, or a damaged one.
+        ValueError: there is no checkpoint, or it is damaged.
     """
     path = Path(path)
     if not path.exists():
@@ -270,65 +263,9 @@ def find_model_file(path: str | Path) -> Path:
     if path.is_dir():
         reason = find_damage(path)
         if reason is not None:
-            raise ValueError(f"checkpoint {path} cannot be used: {reason}; take another one of the run")
+            raise ValueError(f"checkpoint {path} cannot be used: {reason}; take another checkpoint of the run")
         path = path / FILES[0]
     return path
-
-
-def read_model_config(path: Path) -> ModelConfig:
-    """The model's config from the header of a model.safetensors. Raises ValueError for a foreign file."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            header = file.metadata() or {}
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is no safetensors file: {error}; give a checkpoint that pretrain wrote") from error
-    if header.get("format") != "patchmill" or "model" not in header:
-        raise ValueError(
-            f"{path} was not written by patchmill (no model config in its header); `patchmill import` converts others"
-        )
-    return parse_model_config(header["model"], path)
-
-
-def parse_model_config(text: str, where: Path) -> ModelConfig:
-    """The config that a header holds as JSON. Raises ValueError naming `where` and what cannot be."""
-    try:
-        fields: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in json.loads(text).items()}
-        for field in dataclasses.fields(ModelConfig):
-            value, kind = fields.get(field.name, field.default), type(field.default)
-            allowed = {int: (int, tuple) if field.name == "image_size" else int, float: (int, float)}.get(kind, kind)
-            if not isinstance(value, allowed) or (isinstance(value, bool) and kind is not bool):
-                raise ValueError(f"{field.name} is {value!r}")
-        return ModelConfig(**fields)
-    except (ValueError, TypeError, AttributeError) as error:
-        raise ValueError(f"the model config in the header of {where} cannot be used: {error}") from error
-
-
-def _check_size(config: ModelConfig, path: Path) -> None:
-    """Refuses a header that claims a larger model than the file holds, before memory is taken for it."""
-    c = config
-    decoder_depth = 0 if c.kind == "simmim" else c.decoder_depth
-    stacks = ((c.embed_dim, c.depth), (c.decoder_embed_dim, decoder_depth))
-    values = sum(d * (c.patch_dim + c.num_patches + depth * d * (4 + 2 * c.mlp_ratio)) for d, depth in stacks)
-    if not 0 < values <= path.stat().st_size:  # a value takes more than a byte
-        raise ValueError(f"the header of {path} claims a larger model than the file holds; take another checkpoint")
-
-
-def load_weights(path: Path, model: nn.Module) -> None:
-    """Loads a model.safetensors in place. Raises ValueError that lists what is missing, extra or of another shape."""
-    tensors, wanted = load_file(path), model.state_dict()
-    wrong = [f"missing {name}" for name in wanted if name not in tensors]
-    wrong += [f"extra {name}" for name in tensors if name not in wanted]
-    wrong += [
-        f"{name} is {tuple(tensors[name].shape)}, the model has {tuple(wanted[name].shape)}"
-        for name in wanted
-        if name in tensors and tensors[name].shape != wanted[name].shape
-    ]
-    if wrong:
-        more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
-        raise ValueError(f"{path} does not fit the model: {'; '.join(wrong[:5])}{more}")
-    with torch.no_grad():
-        for name, target in wanted.items():  # a state dict's tensors are the model's own
-            target.copy_(shard_like(tensors[name], target))
 
 
 def _trained(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[tuple[str, nn.Parameter]]:

@@ -1,4 +1,4 @@
-"""checkpoint -> [export_files] -> the files of a format: weights under its names, and the configs its readers expect.
+"""Writes checkpoints in other formats: the weights under their names, and the config files their readers expect.
 
     mae         model.pth {"model": ...}, as facebookresearch/mae saves
     timm        model.safetensors and config.json of timm.create_model("local-dir:FOLDER")
@@ -7,8 +7,8 @@
     mmseg       model.pth {"state_dict": ...} for init_cfg=dict(type="Pretrained", ...) of the MAE backbone
     patchmill   model.safetensors
 
-The Hugging Face file is in the layout of transformers 4, which 4 and 5 read. Every file carries the model's config, so
-that `patchmill import` gives back the very model.
+The Hugging Face file has the layout of transformers 4, which versions 4 and 5 read. Every file carries the model's
+config: `patchmill import` restores the same model.
 """
 
 import json
@@ -28,14 +28,14 @@ _TIMM_SIZES = {192: "tiny", 384: "small", 768: "base", 1024: "large", 1280: "hug
 
 
 def write_files(folder: Path, target: FileFormat, checkpoint: Checkpoint, *, pool: Pool = "token") -> None:
-    """Writes a checkpoint's files of a format into a folder that exists.
+    """Writes a checkpoint in a format into an existing folder.
 
     Args:
-        checkpoint: without a decoder, or for a format that has none, the encoder alone is written.
-        pool: timm's `global_pool`: "avg" calls the last norm `fc_norm`.
+        checkpoint: without a decoder, or for a format without one, only the encoder is written.
+        pool: timm's `global_pool`; with "avg" the last norm is called `fc_norm`.
     Raises:
         ValueError: the format cannot hold this model.
-        OSError: the folder cannot be written.
+        OSError: the folder is not writable.
     """
     config = checkpoint.config
     if target == "patchmill":
@@ -47,7 +47,7 @@ def write_files(folder: Path, target: FileFormat, checkpoint: Checkpoint, *, poo
     elif target == "mmseg":
         write_pth(tensors, "state_dict", config, folder / "model.pth")
     else:
-        # transformers insists on the format's name in the header
+        # transformers requires "format" in the header
         write_safetensors(tensors, {"format": "pt", NOTE: config_json(config)}, folder / "model.safetensors")
         if target == "timm":
             _write_json(folder / "config.json", timm_config(config, pool))
@@ -62,10 +62,10 @@ def only_encoder(checkpoint: Checkpoint) -> Checkpoint:
 
 
 def hf_config(config: ModelConfig, has_decoder: bool) -> dict[str, Any]:
-    """config.json of transformers' ViTMAE; layer_norm_eps is written out since its default is 1e-12.
+    """Returns config.json of transformers' ViTMAE. It sets layer_norm_eps because the default there is 1e-12.
 
     Raises:
-        ValueError: images that are not square, or an MLP ratio that transformers' integers cannot hold.
+        ValueError: images are not square.
     """
     c = config
     if c.grid_hw[0] != c.grid_hw[1]:
@@ -99,7 +99,7 @@ def hf_config(config: ModelConfig, has_decoder: bool) -> dict[str, Any]:
 
 
 def hf_processor(config: ModelConfig) -> dict[str, Any]:
-    """preprocessor_config.json: bicubic resize, 0..1, mean and std."""
+    """Returns preprocessor_config.json: bicubic resize, scaling to 0..1, mean and std."""
     height, width = config.image_hw
     return {
         "image_processor_type": "ViTImageProcessor",
@@ -115,7 +115,7 @@ def hf_processor(config: ModelConfig) -> dict[str, Any]:
 
 
 def timm_config(config: ModelConfig, pool: Pool) -> dict[str, Any]:
-    """config.json of timm's model folders; `model_args` hold the whole shape, whatever the architecture's name says."""
+    """Returns config.json of a timm model folder; `model_args` holds the whole shape, `architecture` is only a name."""
     c = config
     height, width = c.image_hw
     return {

@@ -18,7 +18,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from patchmill.trainer.checkpoints.checkpoint import find_model_file, parse_model_config
+from patchmill.trainer.checkpoints.checkpoint import find_model_file
+from patchmill.trainer.checkpoints.model_file import parse_model_config
 from patchmill.trainer.checkpoints.names import listed
 from patchmill.trainer.config.model import ModelConfig
 from patchmill.trainer.model.resize_weights import Tensors

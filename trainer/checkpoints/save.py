@@ -1,4 +1,4 @@
-"""loop -> [saver] -> checkpoint folders: when and by whom they are written, at once or behind the training's back."""
+"""Saves checkpoints, synchronously or in a background thread."""
 
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -14,10 +14,10 @@ from patchmill.trainer.model.vit import VisionTransformer
 
 
 class Saver:
-    """Writes a run's checkpoints and deletes those that need not stay.
+    """Writes a run's checkpoints and deletes old ones.
 
-    With train.async_save a copy of the state goes to main memory and a thread writes it; at most one is being written.
-    An error in that thread is raised by the next `save` or `finish`.
+    With train.async_save it copies the state to main memory and a thread writes the copy, one checkpoint at a time. The
+    next `save` or `finish` raises an error of that thread.
     """
 
     def __init__(self, run: Path, config: TrainConfig, world: World) -> None:
@@ -36,7 +36,7 @@ class Saver:
         """Saves after `step` updates. Every rank must call it.
 
         Raises:
-            OSError: this checkpoint (or, when asynchronous, the one before) could not be written.
+            OSError: this checkpoint could not be written, or, with train.async_save, the one before.
         """
         self._wait()
         copy = self._thread is not None
@@ -48,7 +48,7 @@ class Saver:
         self.world.barrier()
 
     def finish(self) -> None:
-        """Waits until the last checkpoint lies on disk."""
+        """Waits until the last checkpoint is on disk."""
         self._wait()
         if self._thread is not None:
             self._thread.shutdown()

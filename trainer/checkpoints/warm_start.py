@@ -1,16 +1,16 @@
-"""anyone's weights -> [warm_start] -> model: pretraining that begins from a file instead of from the seed.
+"""Starts pretraining from the weights of a checkpoint of any format.
 
-The encoder must have the model's shape; image size and channels are adapted (resize.py). The decoder is taken too where
-the file has one of the same shape that predicts the same target; else it begins from the seed, as a new run's does.
+The encoder must have the model's shape; image size and channels are adapted (resize_weights.py). The decoder is loaded
+too if it has the same shape and predicts the same target; otherwise it starts from the seed.
 """
 
 import torch
 from torch import Tensor
 
-from patchmill.trainer.checkpoints.checkpoint import shard_like
 from patchmill.trainer.checkpoints.interop import Checkpoint, read_checkpoint, resized
+from patchmill.trainer.checkpoints.model_file import shard_like
 from patchmill.trainer.checkpoints.names import encoder_only
-from patchmill.trainer.config.model import ModelConfig
+from patchmill.trainer.config.model import list_changes
 from patchmill.trainer.model.vit import VisionTransformer
 
 ENCODER = ("patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio")
@@ -19,20 +19,23 @@ DECODER = (*TARGET, "decoder_embed_dim", "decoder_depth", "decoder_num_heads")
 
 
 def begin_from(model: VisionTransformer, path: str) -> str:
-    """Loads the weights of a checkpoint of any format into a model, in place; every rank reads the file.
+    """Loads the weights of a checkpoint of any format into a model in place. Every rank reads the file.
 
     Args:
         path: a run folder, or a file or folder that `patchmill import` reads.
     Returns:
-        what was taken, in words.
+        what was loaded, in words.
     Raises:
-        ValueError: a file that cannot be read, or an encoder of another shape.
+        ValueError: the file cannot be read, or its encoder has another shape.
     """
     found, config = read_checkpoint(path), model.config
-    changed = _changed(found.config, config, ENCODER)
+    changed = list_changes(found.config, config, ENCODER)
     if changed:
-        raise ValueError(f"init {path} is another encoder ({changed}); give the options of its shape, or another file")
-    differs = _changed(found.config, config, DECODER)
+        raise ValueError(
+            f"init {path} holds an encoder of another shape ({changed}); "
+            "set the model options to its shape, or give another file"
+        )
+    differs = list_changes(found.config, config, DECODER)
     fitted = resized(
         found, image_size=config.image_size, channels=config.channels, mean=config.mean, std=config.std
     ).tensors
@@ -44,7 +47,7 @@ def begin_from(model: VisionTransformer, path: str) -> str:
 
 def _copy(tensors: dict[str, Tensor], own: dict[str, Tensor]) -> None:
     with torch.no_grad():
-        for name, value in tensors.items():  # a state dict's tensors are the model's own
+        for name, value in tensors.items():  # these tensors share memory with the model's parameters
             own[name].copy_(shard_like(value, own[name]))
 
 
@@ -52,10 +55,5 @@ def _parts(found: Checkpoint, whole: bool, differs: str) -> str:
     if whole:
         return "encoder and decoder"
     if not found.has_decoder:
-        return "encoder; it has no decoder"
-    return f"encoder; its decoder is another ({differs or 'other tensors'})"
-
-
-def _changed(there: ModelConfig, here: ModelConfig, names: tuple[str, ...]) -> str:
-    pairs = [(name, getattr(there, name), getattr(here, name)) for name in names]
-    return ", ".join(f"{name} {was} there, {now} here" for name, was, now in pairs if was != now)
+        return "encoder; the file has no decoder"
+    return f"encoder; its decoder differs ({differs or 'other tensors'})"

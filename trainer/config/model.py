@@ -4,7 +4,8 @@ A run's config is resolved once, checked here, saved beside the run as config.to
 Names carry their unit (`_steps`, `_epochs`); an unset option is an absent key.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from typing import Literal
 
 from patchmill.pipeline.config import check_choices
@@ -137,6 +138,12 @@ class ModelConfig:
     def sees_mask_tokens(self) -> bool:
         """Whether the encoder takes all places of the image in, masked ones as mask tokens."""
         return self.encoder_mask_tokens or self.kind == "simmim"
+
+
+def list_changes(there: ModelConfig, here: ModelConfig, names: Sequence[str] = ()) -> str:
+    """Lists in words the options (of `names`, or all) in which two configs differ; empty if they do not."""
+    pairs = [(n, getattr(there, n), getattr(here, n)) for n in names or [field.name for field in fields(ModelConfig)]]
+    return ", ".join(f"{name} {was} there, {now} here" for name, was, now in pairs if was != now)
 
 
 def _nearest(size: int, patch: int) -> int:

@@ -1,8 +1,8 @@
-"""update -> [CUDA graph] -> the same update, launched at once: for steps so short that launching them takes the time.
+"""Captures a whole update as one CUDA graph, for steps so short that launching their kernels dominates.
 
-A graph replays fixed kernels on fixed memory. Inputs are copied into place, the learning rate lies on the device, and
-what an update leaves is copied out before the next one overwrites it. The loader's threads go on during the capture:
-they allocate and pin memory, which CUDA would refuse to them in its strictest mode. Not yet run on a GPU.
+A graph replays fixed kernels on fixed memory. Inputs are copied into place, the learning rate is a GPU tensor, and an
+update's values are copied out before the next one overwrites them. The loader's threads keep running during the
+capture; they allocate and pin memory, which CUDA's strictest capture mode would forbid. Not yet run on a GPU.
 """
 
 from collections.abc import Callable
@@ -14,11 +14,11 @@ from patchmill.pipeline.plan.masks import MaskPlan
 from patchmill.trainer.engine.step import StepValues
 
 EAGER_STEPS = 3
-"""updates before the capture: they let cuBLAS, the allocator and the optimizer's state settle"""
+"""eager updates before the capture, which settle cuBLAS, the allocator and the optimizer's state"""
 
 
 class GraphedUpdate:
-    """Calls `update` eagerly at first, then captures it once and replays it. Every call is one update, in order."""
+    """Calls `update` eagerly at first, then captures it once and replays it. Every call is one update."""
 
     def __init__(self, update: Callable[[Batch], StepValues], optimizer: torch.optim.AdamW) -> None:
         self.update = update
@@ -30,9 +30,9 @@ class GraphedUpdate:
             group["capturable"], group["lr"] = True, torch.tensor(float(group["lr"]), device=device)
 
     def __call__(self, batch: Batch) -> StepValues:
-        """One update; its values belong to the caller."""
+        """Runs one update; the caller owns the returned values."""
         if self.graph is not None and batch.images.shape != self.inputs.images.shape:
-            self.graph, self.eager_steps_left = None, EAGER_STEPS  # a run of growing sizes goes over to another
+            self.graph, self.eager_steps_left = None, EAGER_STEPS  # a size schedule has switched to another image size
         if self.eager_steps_left:
             self.eager_steps_left -= 1
             self.stream.wait_stream(torch.cuda.current_stream())

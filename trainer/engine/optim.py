@@ -1,4 +1,4 @@
-"""model -> [optimizer, learning rate] -> step: who is decayed, how fast, and when.
+"""Builds the optimizer and computes the learning rate: which parameters decay, and the schedule.
 
 Source: the published `optim_factory.param_groups_weight_decay`, `lr_sched.adjust_learning_rate` and `lr_decay`
 (He et al. 2021, Tables 8 and 9).
@@ -16,12 +16,15 @@ from patchmill.trainer.config.pretrain import OptimConfig
 
 
 def is_decayed(name: str, parameter: nn.Parameter) -> bool:
-    """Whether weight decay applies: to more than one dimension and no bias (class and mask token are decayed)."""
+    """Whether weight decay applies: yes for parameters of two or more dimensions, except biases.
+
+    Class and mask token have three dimensions and are decayed, as published.
+    """
     return parameter.ndim > 1 and not name.endswith(".bias")
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """The trainable parameters in two groups, decayed and not."""
+    """Splits the trainable parameters into two groups: decayed and not decayed."""
     trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     return [
         {"params": [p for name, p in trainable if is_decayed(name, p)], "weight_decay": weight_decay},
@@ -30,10 +33,10 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
-    """The optimizer over the model's trainable parameters: torch's AdamW in its fused form, or one of NVIDIA apex.
+    """Builds the optimizer for the trainable parameters: torch's fused AdamW, or one of NVIDIA apex.
 
     Raises:
-        ValueError: apex asked for and not there.
+        ValueError: the config asks for apex and it is not installed.
     """
     groups = parameter_groups(model, config.weight_decay)
     if config.kind == "adamw":
@@ -41,17 +44,17 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimi
     apex = find_apex()
     if config.kind == "apex-adam":
         return apex.FusedAdam(groups, lr=config.blr, betas=config.betas, adam_w_mode=True)
-    # LAMB's own clipping is off: clipping is optim.clip_grad's business
+    # switch off LAMB's own clipping: optim.clip_grad decides about clipping
     return apex.FusedLAMB(groups, lr=config.blr, betas=config.betas, adam_w_mode=True, max_grad_norm=0.0)
 
 
 def find_apex() -> ModuleType:
-    """NVIDIA's `apex.optimizers`, if it is really there with its CUDA code.
+    """Imports NVIDIA's `apex.optimizers` and checks that its CUDA code is present.
 
     Raises:
-        ValueError: it is not, or another project of that name is.
+        ValueError: apex is missing, was built without CUDA code, or is PyPI's unrelated package of that name.
     """
-    remedy = "build NVIDIA apex from source (docs/scale.md) or leave optim.kind at adamw, which is as fast"
+    remedy = "build NVIDIA apex from source (docs/scale.md) or leave optim.kind at adamw, which is just as fast"
     if importlib.util.find_spec("apex") is None:
         raise ValueError(f"optim.kind needs NVIDIA apex, which is not installed; {remedy}")
     try:
@@ -70,11 +73,11 @@ def find_apex() -> ModuleType:
 def learning_rate(
     config: OptimConfig, step: int, *, global_batch: int, steps_per_epoch: int, total_epochs: float
 ) -> float:
-    """Learning rate of update `step`: linear warm-up, then a cosine from lr = blr * global batch / 256 to min_lr.
+    """Computes the learning rate of an update: linear warm-up to blr * global batch / 256, then a cosine to min_lr.
 
     Args:
-        step: updates done so far over the whole run.
-        total_epochs: where the cosine ends; may be a fraction.
+        step: updates done since the start of the run.
+        total_epochs: end of the cosine; may be fractional.
     """
     peak = config.blr * global_batch / 256
     epoch = step / steps_per_epoch
@@ -85,7 +88,7 @@ def learning_rate(
 
 
 def layer_scale(name: str, depth: int, decay: float) -> float:
-    """Learning-rate factor of a parameter in fine-tuning: decay ** (layers above it) (published `lr_decay`).
+    """Returns a parameter's learning-rate factor in fine-tuning: decay ** (layers above it) (published `lr_decay`).
 
     Embeddings are layer 0, block i is layer i + 1, everything after the blocks has factor 1.
     """

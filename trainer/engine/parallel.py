@@ -1,6 +1,6 @@
-"""model -> [sharding, checkpointing, compilation] -> step: what is done to a model from outside, by PyTorch's engines.
+"""Applies fp8, activation checkpointing, sharding, compilation and DDP to a model from outside.
 
-The model knows nothing of it: its parameters keep their names, and checkpoints hold whole tensors whatever the layout.
+The model's code does not change: its parameters keep their names, and checkpoints hold whole tensors in any layout.
 """
 
 import inspect
@@ -18,14 +18,14 @@ from patchmill.trainer.model.vit import Block
 
 _RENAMED = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters  # in torch 2.13
 KEEP_BUFFERS: dict[str, Any] = {"forward_sync_buffers" if _RENAMED else "broadcast_buffers": False}
-"""a fitted target is the same on all ranks and never changes"""
+"""DDP need not broadcast buffers: a fitted target is the same on all ranks and never changes"""
 
 
 def distribute(model: nn.Module, config: TrainConfig, world: World) -> nn.Module:
-    """The model as the step calls it. Sharding replaces parameters in place: build the optimizer afterwards.
+    """Wraps a model for the training step. Sharding replaces parameters in place: build the optimizer afterwards.
 
     Raises:
-        ValueError: an option that this machine cannot serve.
+        ValueError: this machine does not support an option.
     """
     if config.fp8:
         _to_fp8(model, world)
@@ -42,19 +42,19 @@ def distribute(model: nn.Module, config: TrainConfig, world: World) -> nn.Module
             device_ids=[world.device.index] if world.device.type == "cuda" else None,
             gradient_as_bucket_view=True,
             **KEEP_BUFFERS,
-            static_graph=config.accum_steps == 1,  # a backward pass without reduction is another graph
+            static_graph=config.accum_steps == 1,  # accumulation alternates between two graphs
         )
     return model
 
 
 def blocks(model: nn.Module) -> list[Block | CrossBlock]:
-    """The transformer blocks of a model, in order."""
+    """Returns the transformer blocks of a model, in order."""
     return [module for module in model.modules() if isinstance(module, Block | CrossBlock)]
 
 
 def _shard(model: nn.Module, config: TrainConfig, world: World) -> None:
-    """FSDP2 (ZeRO-3), block by block; with hsdp within each node, the nodes being replicas."""
-    from torch.distributed.device_mesh import init_device_mesh  # these take a second to import
+    """Shards the model block by block with FSDP2 (ZeRO-3); hsdp shards within each node and replicates over nodes."""
+    from torch.distributed.device_mesh import init_device_mesh  # slow to import
     from torch.distributed.fsdp import fully_shard
 
     kind = world.device.type
@@ -74,7 +74,10 @@ def _recomputed(block: nn.Module):  # type: ignore[no-untyped-def]
 
 
 def _to_fp8(model: nn.Module, world: World) -> None:
-    """Linear layers to torchao's dynamically scaled fp8, weights and names kept; sizes must be multiples of 16."""
+    """Converts linear layers to torchao's dynamically scaled fp8 where both sizes are multiples of 16.
+
+    Weights and names stay.
+    """
     try:
         from torchao.float8 import convert_to_float8_training
     except ImportError as error:

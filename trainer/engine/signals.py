@@ -1,7 +1,7 @@
-"""SIGINT, SIGTERM, SIGUSR1 -> [signals] -> loop: being asked to stop, acted upon between two updates.
+"""Notes SIGINT, SIGTERM and SIGUSR1 for the training loop, which then stops between two updates.
 
-SLURM announces the end of a job with SIGTERM or, as `--signal=USR1@90` asks, SIGUSR1; torchrun passes on what it is
-told to (`--signals-to-handle`, which `patchmill launch` writes). A handler only notes the name.
+SLURM announces the end of a job with SIGTERM, or with SIGUSR1 under `--signal=USR1@90`. torchrun forwards the signals
+listed in `--signals-to-handle`, which `patchmill launch` writes. The handler only records the signal's name.
 """
 
 import os
@@ -16,10 +16,10 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 @contextmanager
 def stop_on_signals() -> Iterator[list[str]]:
-    """A list that a stop signal puts its name into.
+    """Yields a list to which every stop signal adds its name.
 
-    A second Ctrl-C ends the process at once, except under torchrun: there one Ctrl-C comes twice, from the terminal and
-    from torchrun, which ends its workers by itself when they take too long.
+    A second Ctrl-C ends the process immediately, except under torchrun. There one Ctrl-C arrives twice, from the
+    terminal and from torchrun, which kills workers that take too long anyway.
     """
     names: list[str] = []
     before = {}

@@ -1,7 +1,7 @@
-"""batch -> [one update] -> model: forward, backward, guard, optimizer. Nothing here waits for the device.
+"""Runs one update: forward, backward, guard, optimizer. Nothing here waits for the device.
 
-The guard finds on the device whether loss and gradient are finite, averaged over ranks, so that all ranks decide alike;
-the fused optimizer then leaves weights and moments as they were. The host learns of it at the next log step.
+The guard checks on the device whether loss and gradient, averaged over ranks, are finite; all ranks decide alike. If
+they are not, the fused optimizer leaves weights and moments unchanged. The host finds out at the next log step.
 """
 
 from typing import Any, NamedTuple
@@ -15,33 +15,33 @@ from patchmill.pipeline.plan.masks import MaskPlan
 from patchmill.trainer.engine.world import World
 
 SPIKE_WARMUP_STEPS = 100.0
-"""updates after which the usual loss is known well enough to call another a spike"""
+"""losses to average before a loss can count as a spike"""
 USUAL_LOSS_WEIGHT = 0.02
-"""weight of a new loss in the running mean"""
+"""weight of a new loss in the running mean (the usual loss)"""
 FP16_FIRST_SCALE, FP16_GROWTH_STEPS = 2.0**16, 2000.0
-"""loss scale of fp16, and the good updates after which it doubles (as torch.amp.GradScaler)"""
+"""initial loss scale of fp16, and the number of good updates after which it doubles (as torch.amp.GradScaler)"""
 
 
 class StepValues(NamedTuple):
-    """What an update leaves on the device; fp32 scalars."""
+    """The values of an update: fp32 scalars on the device."""
 
     loss: Tensor
     """mean over the images of all ranks"""
     grad_norm: Tensor
     """L2 norm of the averaged gradient before clipping"""
     skipped: Tensor
-    """1 where the update was left out, else 0"""
+    """1 if the update was skipped, else 0"""
     own_loss: Tensor
-    """mean over this rank's images: tells which rank brought a loss that is not finite"""
+    """mean over this rank's images; shows which rank had a loss that is not finite"""
     uniformity: Tensor
-    """U-MAE's term over the images of all ranks, mean over accumulated parts; 0 for a model without it"""
+    """U-MAE's term over the images of all ranks, averaged over micro-batches; 0 for a model without it"""
 
 
 class Guard:
-    """Decides on the device whether an update counts, and scales the loss for fp16. Its state is part of checkpoints.
+    """Decides on the device whether to skip an update, and scales the loss for fp16. Checkpoints hold its state.
 
-    An update is left out when loss or gradient norm is not finite, or when the loss is `spike_factor` times the usual
-    one. In fp16 each such update halves the loss scale; after 2,000 good ones it doubles.
+    It skips an update if loss or gradient norm is not finite, or if the loss exceeds `spike_factor` times the usual
+    one. In fp16 each skipped update halves the loss scale; 2,000 good ones double it.
     """
 
     def __init__(self, device: torch.device, *, fp16: bool = False, spike_factor: float | None = None) -> None:
@@ -54,7 +54,7 @@ class Guard:
         }
 
     def skip(self, loss: Tensor, grad_norm: Tensor) -> Tensor:
-        """1.0 where the update is to be left out, else 0.0, from values that are the same on all ranks."""
+        """Returns 1.0 to skip the update, else 0.0. Loss and gradient norm must be the same on all ranks."""
         state = self.state
         good = torch.isfinite(loss) & torch.isfinite(grad_norm)
         if self.spike_factor is not None:
@@ -82,12 +82,13 @@ def update(
     autocast: torch.dtype | None = None,
     clip_grad: float | None = None,
 ) -> StepValues:
-    """One update of the weights, with the learning rate that the optimizer holds.
+    """Updates the weights once, with the optimizer's current learning rate.
 
     Args:
-        batch: this rank's images; its size is a multiple of accum_steps.
-        autocast: dtype of matrix products, None for fp32.
-        clip_grad: largest gradient norm, None for no clipping.
+        batch: this rank's images; their number is a multiple of accum_steps.
+        accum_steps: micro-batches per update.
+        autocast: dtype of matrix products; None for fp32.
+        clip_grad: largest gradient norm; None for no clipping.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     scale = guard.state["loss_scale"]
@@ -115,15 +116,15 @@ def update(
 
 
 def whole(tensor: Any) -> Tensor:
-    """A sharded tensor (DTensor) gathered on every rank, a collective call; any other is whole already."""
+    """Gathers a sharded tensor (DTensor) on every rank, a collective call; returns any other tensor unchanged."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Gives all groups the rate of the next update."""
+    """Sets the learning rate of all parameter groups."""
     for group in optimizer.param_groups:
         if isinstance(group["lr"], Tensor):
-            group["lr"].fill_(lr)  # a captured step reads it from the device
+            group["lr"].fill_(lr)  # a CUDA graph reads it from the device
         else:
             group["lr"] = lr
 
@@ -132,21 +133,21 @@ def _apply(optimizer: torch.optim.Optimizer, skipped: Tensor) -> None:
     if isinstance(optimizer, torch.optim.AdamW):
         optimizer.grad_scale, optimizer.found_inf = None, skipped  # type: ignore[attr-defined]
         optimizer.step()
-    elif not skipped.item():  # apex cannot be told on the device: here, and only here, the host waits
+    elif not skipped.item():  # apex takes no flag on the device: only here the host waits
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
 
 
 def _reduce_gradients(model: nn.Module, last: bool) -> None:
-    """Whether the next backward pass averages gradients over ranks: only that of the last part."""
+    """Lets only the backward pass of the last micro-batch average gradients over ranks."""
     if isinstance(model, DistributedDataParallel):
         model.require_backward_grad_sync = last
-    elif hasattr(model, "set_requires_gradient_sync"):  # FSDP2 has made the model's class one of its own
+    elif hasattr(model, "set_requires_gradient_sync"):  # FSDP2 replaces the model's class with its own
         model.set_requires_gradient_sync(last)  # type: ignore[operator]
 
 
 def micro_batches(batch: Batch, count: int) -> list[tuple[Tensor, MaskPlan]]:
-    """Images and mask plan of a batch in `count` parts."""
+    """Splits a batch into `count` pairs of images and mask plan."""
     plan = batch.plan
     ids = zip(plan.ids_keep.chunk(count), plan.ids_mask.chunk(count), plan.ids_restore.chunk(count), strict=True)
     return [(images, MaskPlan(*parts)) for images, parts in zip(batch.images.chunk(count), ids, strict=True)]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from patchmill.pipeline.config import DataConfig
-from patchmill.trainer.checkpoints.checkpoint import parse_model_config
+from patchmill.trainer.checkpoints.model_file import parse_model_config
 from patchmill.trainer.config.evaluate import TestConfig
 from patchmill.trainer.engine.world import World, autocast_dtype
 from patchmill.trainer.evaluate.classifier import Classifier

@@ -1,6 +1,6 @@
-"""config -> [models] -> model: which class a config means.
+"""Builds the model that a config describes.
 
-All share the encoder of vit.py and the contract of mae.py: forward(uint8 images, plan) -> MAEOutput.
+All models share the encoder of vit.py and the interface of mae.py: forward(uint8 images, plan) -> MAEOutput.
 """
 
 from patchmill.trainer.config.model import ModelConfig
@@ -11,7 +11,7 @@ from patchmill.trainer.model.vit import VisionTransformer
 
 
 def build_model(config: ModelConfig) -> VisionTransformer:
-    """The model of a config, with random weights from torch's generator."""
+    """Builds a model with random weights from torch's generator."""
     if config.kind == "simmim":
         return SimMIM(config)
     if config.kind == "crossmae":

@@ -1,13 +1,13 @@
-"""images + mask plan -> [cross-attention decoder] -> loss: a model in the manner of CrossMAE. It is not MAE.
+"""Defines a model with a cross-attention decoder, after CrossMAE. It is a different model from MAE.
 
-MAE's decoder runs self-attention over all places and takes more than half of ViT-B's FLOPs. Here the mask tokens ask
-the visible patches and never each other (Fu et al. 2024, arXiv 2401.14391): a block is cross-attention from M mask
-tokens to K visible features, and an MLP. Keys and values are made of the encoder's features themselves.
+MAE's decoder runs self-attention over all positions and takes more than half of ViT-B's FLOPs. Here the mask tokens
+attend to the visible patches and never to each other (Fu et al. 2024, arXiv 2401.14391). A block is cross-attention
+from M mask tokens to K visible features, then an MLP. Keys and values come straight from the encoder's features.
 
-Two parts of CrossMAE are left out: blocks that look at a learned mixture of all encoder blocks (here: the last one),
-and predicting only a share of the masked patches (here: all).
+Two parts of CrossMAE are left out: blocks that see a learned mixture of all encoder blocks (here they see the last
+one), and predicting only a share of the masked patches (here all are predicted).
 
-Shapes: B images, K kept, M masked, D encoder width, E decoder width, H heads, d = E / H, T target's width.
+Shapes: B images, K kept, M masked, D encoder width, E decoder width, H heads, d = E / H, T target width.
 """
 
 import torch
@@ -32,7 +32,7 @@ class CrossAttention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x_BME: Tensor, context_BND: Tensor) -> Tensor:
-        """[B, M, E] asking [B, N, D] -> [B, M, E]."""
+        """Queries [B, M, E] and features [B, N, D] -> [B, M, E]."""
         B, M, E = x_BME.shape
         d = E // self.num_heads
         q_BHMd = self.q(x_BME).view(B, M, self.num_heads, d).transpose(1, 2)
@@ -57,7 +57,7 @@ class CrossBlock(nn.Module):
 
 
 class CrossMAE(VisionTransformer):
-    """MAE's encoder with a decoder of cross-attention alone."""
+    """MAE's encoder with a decoder of cross-attention only."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config)
@@ -75,7 +75,7 @@ class CrossMAE(VisionTransformer):
         self.initialise()
 
     def forward(self, images_BHWC: Tensor, plan: MaskPlan) -> MAEOutput:
-        """Loss, prediction [B, M, T] and latent [B, 1 + K, D]. As MaskedAutoencoder.forward."""
+        """Returns loss, prediction [B, M, T] and latent [B, 1 + K, D]; see MaskedAutoencoder.forward."""
         self.check(images_BHWC, plan)
         latent_BND = self.encode(images_BHWC, plan.ids_keep)
         pred_BMT = self.decode(latent_BND, plan)

@@ -1,13 +1,12 @@
-"""images -> [dvae] -> tokens: the encoder of DALL-E's discrete VAE, the tokenizer of BEiT and of Table 1d.
+"""Turns patches into tokens with the encoder of DALL-E's discrete VAE, as BEiT and Table 1d of MAE do.
 
-Shapes and names are those of the published encoder (openai/DALL-E: a 7 x 7 convolution, four groups of two residual
-blocks of width 256 to 2048, halved three times, 8192 logits for each 8 x 8 pixels), so that its tensors load under
-their names from a safetensors file; the published file is a pickle, which is never opened here. The published weights
-were not run with this code: the architecture is tested with random ones.
+Shapes and names are those of the published encoder (openai/DALL-E): a 7 x 7 convolution, four groups of two residual
+blocks of width 256 to 2048 with three poolings between them, and 8192 logits for each 8 x 8 pixels. Its tensors load
+under their own names from a safetensors file; the published file is a pickle, which this code never opens. The
+architecture is tested with random weights. It has not yet run with the published ones.
 
-The image is shrunk so that 8 pixels stand for a patch (112 px for 14 x 14 patches of 16, as BEiT has it) from the
-training crop itself, by the antialiased bicubic filter; BEiT resizes the original crop with Lanczos. All is in fp32;
-the published code computes in fp16 on a GPU.
+The training crop is shrunk to 8 pixels per patch (112 px for 14 x 14 patches of 16, as in BEiT) by an antialiased
+bicubic filter; BEiT resizes the original crop with Lanczos. All is in fp32; the published code uses fp16 on a GPU.
 
 Shapes: B images, H W C pixels, M patches, V vocabulary, N channels of a feature map, h w its size.
 """
@@ -23,11 +22,11 @@ from patchmill.trainer.config.model import DVAE_VOCABULARY, ModelConfig
 WIDTH, BLOCKS_PER_GROUP, GROUPS = 256, 2, 4
 PIXELS_PER_TOKEN = 8
 LOGIT_LAPLACE_EPS = 0.1
-"""pixels are squeezed into [0.1, 0.9], as published"""
+"""pixels are mapped to [0.1, 0.9], as published"""
 
 
 class Convolution(nn.Module):
-    """A convolution that keeps the size; its tensors are buffers, `w` and `b` as published, and never trained."""
+    """A convolution that keeps the size. Its tensors are buffers, named `w` and `b` as published, and never trained."""
 
     w: Tensor
     b: Tensor
@@ -43,7 +42,7 @@ class Convolution(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """id_path(x) + gain * res_path(x), where res_path is four times ReLU and convolution (3, 3, 3 and 1 pixels)."""
+    """id_path(x) + gain * res_path(x); res_path is four pairs of ReLU and convolution (3, 3, 3 and 1 pixels wide)."""
 
     def __init__(self, n_in: int, n_out: int, gain: float) -> None:
         super().__init__()
@@ -63,10 +62,10 @@ class ResidualBlock(nn.Module):
 
 
 class DVAETokenizer(nn.Module):
-    """A token for each patch: the most likely of 8192.
+    """Gives each patch the most likely of 8192 tokens.
 
     Args:
-        width: channels of the first group; 256 as published (tests take less).
+        width: channels of the first group; 256 as published (tests use fewer).
     """
 
     def __init__(self, config: ModelConfig, width: int = WIDTH) -> None:

@@ -1,10 +1,10 @@
-"""images + mask plan -> [masked autoencoder] -> loss: the model of He et al. 2021, forward on one screen.
+"""Defines the masked autoencoder of He et al. 2021.
 
-Only what the loss needs is computed: the encoder (vit.py) sees the visible patches, gathered and normalised straight
-from the uint8 image; the last decoder block's queries and the head run on masked tokens; the target is never written to
-memory. The numbers are those of the published implementation (tests/test_golden_mae.py).
+It computes only what the loss needs. The encoder (vit.py) sees the visible patches, gathered and normalised straight
+from the uint8 image. The queries of the last decoder block and the head run on masked tokens only. The target is never
+written to memory. The numbers are those of the published implementation (tests/test_golden_mae.py).
 
-Shapes: B images, L patches, K kept, M = L - K masked, D encoder width, E decoder width, T values predicted of a patch.
+Shapes: B images, L patches, K kept, M = L - K masked, D encoder width, E decoder width, T values predicted per patch.
 """
 
 from typing import NamedTuple
@@ -21,16 +21,16 @@ from patchmill.trainer.model.vit import LAYER_NORM_EPS, Block, VisionTransformer
 
 
 class MAEOutput(NamedTuple):
-    """What a forward pass gives."""
+    """The result of a forward pass."""
 
     loss: Tensor
     """scalar fp32"""
     pred: Tensor
-    """[B, M, T] in mask order; T is what the target has (targets.py), a patch's values for pixels"""
+    """[B, M, T] in mask order; T depends on the target (targets.py): for pixels, the values of a patch"""
     latent: Tensor
-    """[B, 1 + K, D]: class token, then kept patches in kept order (with mask tokens in the encoder: all, row by row)"""
+    """[B, 1 + K, D]: class token, kept patches in kept order; with mask tokens in the encoder [B, 1 + L, D]"""
     uniformity: Tensor | None = None
-    """scalar fp32, U-MAE's term before its weight; it is part of the loss. None for a model without it"""
+    """scalar fp32, U-MAE's term without its weight, which the loss includes; None for a model without it"""
 
 
 class MaskedAutoencoder(VisionTransformer):
@@ -52,13 +52,13 @@ class MaskedAutoencoder(VisionTransformer):
         self.initialise()
 
     def forward(self, images_BHWC: Tensor, plan: MaskPlan) -> MAEOutput:
-        """Loss, prediction and latent of a batch.
+        """Computes loss, prediction and latent of a batch.
 
         Args:
             images_BHWC: uint8 [B, H, W, C].
-            plan: which patches are kept, on the same device.
+            plan: the patches to keep, on the same device.
         Raises:
-            ValueError: images or plan of another size than the model's.
+            ValueError: images or plan do not have the model's size.
         """
         self.check(images_BHWC, plan)
         latent_BND = self.encode(images_BHWC, plan.ids_keep)

@@ -1,15 +1,15 @@
-"""images + mask plan -> [encoder with mask tokens] -> loss: SimMIM, BEiT, and Table 1c of He et al. 2021.
+"""Defines the models whose encoder sees mask tokens: SimMIM, BEiT's task, and Table 1c of He et al. 2021.
 
-MAE's encoder sees the visible patches alone. In these models it sees all places of the image, a learned token at the
-masked ones, and so costs about four times as much at a ratio of 75 % (docs/performance.md).
+MAE's encoder sees only the visible patches. In these models it sees every position, with a learned token at the masked
+ones, and costs about four times as much at a mask ratio of 75 % (docs/performance.md).
 
-    MaskTokenAutoencoder   MAE with mask tokens in the encoder, all else the same (Table 1c: "encoder w/ [M]")
+    MaskTokenAutoencoder   MAE with mask tokens in the encoder, otherwise unchanged (Table 1c: "encoder w/ [M]")
     SimMIM                 no decoder: one linear layer on the encoder's masked tokens, L1 on pixels (Xie et al. 2022)
 
-SimMIM with a token target is BEiT's task (Bao et al. 2021). Both have the ViT of MAE here: fixed sin-cos positions, no
-relative position bias and no LayerScale, which the published SimMIM and BEiT encoders have.
+SimMIM with a token target is BEiT's task (Bao et al. 2021). Both use MAE's ViT here: fixed sin-cos positions, without
+the relative position bias and LayerScale of the published SimMIM and BEiT encoders.
 
-Shapes: B images, L patches, K kept, M = L - K masked, D encoder width, E decoder width, T target's width.
+Shapes: B images, L patches, K kept, M = L - K masked, D encoder width, E decoder width, T target width.
 """
 
 import torch
@@ -26,14 +26,14 @@ from patchmill.trainer.model.vit import VisionTransformer
 
 
 class MaskTokenAutoencoder(MaskedAutoencoder):
-    """MAE whose encoder takes the mask tokens, of width D; its decoder gets all tokens from there."""
+    """MAE with the mask tokens (width D) in the encoder; the decoder gets all tokens from the encoder."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config)
         self.mask_token = nn.Parameter(nn.init.normal_(torch.empty(1, 1, config.embed_dim), std=0.02))
 
     def forward(self, images_BHWC: Tensor, plan: MaskPlan) -> MAEOutput:
-        """Loss, prediction [B, M, T] and latent [B, 1 + L, D], row by row. As MaskedAutoencoder.forward."""
+        """Returns loss, prediction [B, M, T] and latent [B, 1 + L, D], row by row; see MaskedAutoencoder.forward."""
         self.check(images_BHWC, plan)
         latent_BND = encode_with_mask_tokens(self, self.mask_token, images_BHWC, plan)
         pred_BMT = self.decode(latent_BND, plan)
@@ -47,7 +47,7 @@ class MaskTokenAutoencoder(MaskedAutoencoder):
 
 
 class SimMIM(VisionTransformer):
-    """An encoder with mask tokens and a one-layer head."""
+    """An encoder with mask tokens and a one-layer head (Xie et al. 2022)."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config)
@@ -58,7 +58,7 @@ class SimMIM(VisionTransformer):
         self.initialise()
 
     def forward(self, images_BHWC: Tensor, plan: MaskPlan) -> MAEOutput:
-        """Loss, prediction [B, M, T] and latent [B, 1 + L, D], row by row. As MaskedAutoencoder.forward."""
+        """Returns loss, prediction [B, M, T] and latent [B, 1 + L, D], row by row; see MaskedAutoencoder.forward."""
         self.check(images_BHWC, plan)
         latent_BND = encode_with_mask_tokens(self, self.mask_token, images_BHWC, plan)
         pred_BMT = self.decoder_pred(gather_tokens(latent_BND, plan.ids_mask, num_prefix=1))
@@ -70,7 +70,7 @@ class SimMIM(VisionTransformer):
 def encode_with_mask_tokens(
     model: VisionTransformer, mask_token_11D: Tensor, images_BHWC: Tensor, plan: MaskPlan
 ) -> Tensor:
-    """uint8 images -> normed features [B, 1 + L, D]; only visible patches are read and embedded."""
+    """uint8 images -> normed features [B, 1 + L, D]. Reads and embeds only the visible patches."""
     c = model.config
     dtype = model.pos_embed.dtype
     patches_BKP = gather_patches(images_BHWC, plan.ids_keep, c.patch_size, c.mean, c.std, dtype)

@@ -1,15 +1,13 @@
-"""foreign file -> [names] -> published names, and back: one model, five spellings of its parameters.
+"""Adapts a model's weights to another image size or number of channels.
 
-The published names of facebookresearch/mae are the canonical ones; timm and detectron2's ViTDet use the same names for
-the encoder, so that only Hugging Face (query, key and value apart) and mmseg need a table. Every conversion moves
-tensors without arithmetic: there and back again gives the same bits.
+Position tables are interpolated as the published code does it (`interpolate_pos_embed`: bicubic, no antialiasing, the
+class token's row untouched), here for any grid; transformers, detectron2 and mmseg resize in the same way.
 
-    published (mae)          Hugging Face ViTMAE (as on the hub)                  mmseg MAE backbone
-    patch_embed.proj         vit.embeddings.patch_embeddings.projection           patch_embed.projection
-    blocks.0.attn.qkv        vit.encoder.layer.0.attention.attention.{query,...}  layers.0.attn.qkv
-    blocks.0.mlp.fc1         vit.encoder.layer.0.intermediate.dense               layers.0.ffn.layers.0.0
-    norm                     vit.layernorm                                        norm1
-    decoder_blocks.0.norm1   decoder.decoder_layers.0.layernorm_before            -
+Channels: the patch embedding's kernels repeat over the new channels, scaled by old / new to keep the size of tokens;
+one channel gets their sum (timm's rule for `in_chans`). The decoder's head predicts a new channel like the one it
+repeats; one channel gets their mean.
+
+Shapes: L patches, D width, C channels, p patch size.
 """
 
 import dataclasses
@@ -32,12 +30,12 @@ def resize_model(
     mean: tuple[float, ...] | None = None,
     std: tuple[float, ...] | None = None,
 ) -> tuple[ModelConfig, Tensors]:
-    """Config and tensors (published names) for another image size, number of channels, mean or std; None keeps.
+    """Returns config and tensors (published names) for another image size, channel count, mean or std; None keeps one.
 
-    The patch size stays. What does not change is the same tensor, not a copy.
+    The patch size stays. Tensors that do not change are returned, not copied.
 
     Raises:
-        ValueError: a size that the patch size does not divide, or not one mean and std per channel.
+        ValueError: the patch size does not divide the image size, or mean and std do not have one value per channel.
     """
     resized = dict(tensors)
     if channels is not None and channels != config.channels:
@@ -57,9 +55,9 @@ def resize_model(
 
 
 def interpolate_positions(table: Tensor, old_hw: tuple[int, int], new_hw: tuple[int, int]) -> Tensor:
-    """A position table `[1, num_prefix + L, D]` for another grid of patches; prefix rows stay as they are.
+    """Interpolates a position table `[1, num_prefix + L, D]` to another grid of patches and keeps its prefix rows.
 
-    The same grid gives the table itself.
+    For the same grid it returns the table itself.
     """
     if old_hw == new_hw:
         return table
@@ -80,14 +78,14 @@ def _with_channels(tensors: Tensors, config: ModelConfig, channels: int) -> Tens
         changed = {"patch_embed.proj.weight": kernel_DCpp[:, taken] * (old / channels)}
     for name in ("decoder_pred.weight", "decoder_pred.bias"):
         if name in tensors:
-            head = tensors[name].unflatten(0, (p * p, old))  # a patch's values run (row, column, channel)
+            head = tensors[name].unflatten(0, (p * p, old))  # values of a patch are ordered (row, column, channel)
             head = head.mean(1, keepdim=True) if channels == 1 else head[:, taken]
             changed[name] = head.flatten(0, 1)
     return changed
 
 
 def _spread(values: tuple[float, ...], channels: int) -> tuple[float, ...]:
-    """Per-channel constants over another number of channels, in the way of the kernels."""
+    """Per-channel constants for another number of channels: averaged for one channel, else repeated."""
     if channels == 1:
         return (sum(values) / len(values),)
     return tuple(values[channel % len(values)] for channel in range(channels))

@@ -1,6 +1,6 @@
-"""fitted target <-> [target file] -> model: a safetensors file whose header says what it was fitted for.
+"""Reads and writes fitted targets as safetensors files whose header says which model they were fitted for.
 
-Its tensors are the buffers of `model.target`, under their names there.
+The tensors are the buffers of `model.target`, under the same names.
 """
 
 import json
@@ -18,7 +18,7 @@ FORMAT = "patchmill-target"
 
 
 def fitted_for(config: ModelConfig) -> dict[str, Any]:
-    """What a target depends on, by option; a dVAE takes any image."""
+    """The model options that a target depends on, by name. A dVAE depends on none of them."""
     if config.target == "dvae":
         return {"target": "dvae"}
     names = ("target", "patch_size", "channels", "mean", "std", "norm_pix_loss")
@@ -36,17 +36,19 @@ def write_target(tensors: dict[str, Tensor], config: ModelConfig, path: Path) ->
 
 
 def load_target(model: VisionTransformer, path: str) -> None:
-    """Fills the model's target from a file; a model of pixels wants none.
+    """Fills the model's target from a file; a model that predicts pixels needs none.
 
     Raises:
-        ValueError: no file, a foreign one, or one that was fitted for another model; the message says what to do.
+        ValueError: the file is missing, foreign, incomplete or fitted for another model.
     """
     config = model.config
     if config.target == "pixels":
         if path:
-            raise ValueError(f"target_path {path} is given, but model.target is pixels, which needs none; drop one")
+            raise ValueError(
+                f"target_path {path} is given but model.target pixels needs no file; leave out one of them"
+            )
         return
-    remedy = f"`patchmill target {config.target} --help` tells how to make it"
+    remedy = f"`patchmill target {config.target} --help` shows how to make one"
     if not path:
         raise ValueError(f"model.target {config.target} comes from a file: give --target-path; {remedy}")
     try:
@@ -54,16 +56,16 @@ def load_target(model: VisionTransformer, path: str) -> None:
             header = file.metadata() or {}
         tensors = load_file(path)
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"target_path {path} is no safetensors file ({error}); {remedy}") from error
+        raise ValueError(f"target_path {path} is not a readable safetensors file ({error}); {remedy}") from error
     if header.get("format") != FORMAT:
-        raise ValueError(f"target_path {path} is no target file of patchmill; {remedy}")
-    made, wanted = json.loads(header["model"]), fitted_for(config)
+        raise ValueError(f"target_path {path} is not a target file of patchmill; {remedy}")
+    there, here = json.loads(header["model"]), fitted_for(config)
     differ = [
-        f"{name} {made.get(name)} there, {value} here" for name, value in wanted.items() if made.get(name) != value
+        f"{name} {there.get(name)} there, {value} here" for name, value in here.items() if there.get(name) != value
     ]
     if differ:
         raise ValueError(f"target_path {path} was made for another model ({'; '.join(differ)}); {remedy}")
     try:
         model.target.load_state_dict(tensors)
     except RuntimeError as error:
-        raise ValueError(f"target_path {path} is not whole ({error}); {remedy}") from error
+        raise ValueError(f"target_path {path} does not hold all of the target's tensors ({error}); {remedy}") from error

@@ -1,10 +1,9 @@
-"""patches of the data -> [target_fit] -> PCA basis or k-means codebook: what targets.py predicts against.
+"""Fits the targets of targets.py to patches of the data: a PCA basis or a k-means codebook.
 
-Patches come batch by batch. The covariance is updated in fp64 with each batch and the patches are forgotten; k-means
-keeps the patches it is given. On a CPU the same patches and seed give the same bits; on a GPU sums may differ in their
-last digit. Not yet run on a GPU.
+Patches arrive in batches. Each batch updates the covariance in fp64 and is then dropped; k-means keeps its patches. On
+a CPU the same patches and seed give the same bits; on a GPU the last digit of a sum may differ. Not yet run on a GPU.
 
-Shapes: N patches of a batch or in all, P values per patch, A coefficients, V codes.
+Shapes: N patches (of a batch or in total), P values per patch, A coefficients, V codes.
 """
 
 from collections.abc import Callable
@@ -20,7 +19,7 @@ CHUNK_VALUES = 1 << 26
 
 
 class Covariance:
-    """Mean and covariance of all patches so far, exact to fp64: each batch's own are joined (Chan et al. 1979)."""
+    """Mean and covariance of all patches so far, in fp64. Batches are merged as in Chan et al. 1979."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -28,7 +27,7 @@ class Covariance:
         self.scatter_PP = torch.zeros(())
 
     def add(self, patches_NP: Tensor) -> None:
-        """Takes a batch in."""
+        """Merges the mean and covariance of another batch [N, P]."""
         patches_NP = patches_NP.double()
         new, mean_P = len(patches_NP), patches_NP.mean(0)
         centred_NP = patches_NP - mean_P
@@ -50,14 +49,14 @@ class PCABasis(NamedTuple):
     basis: Tensor
     """[P, A] fp32, orthonormal columns; the largest entry of each is positive"""
     explained: Tensor
-    """[A] fp64, share of the whole variance"""
+    """[A] fp64, share of the total variance"""
 
 
 def principal_components(covariance: Covariance, width: int) -> PCABasis:
-    """The `width` components of largest variance.
+    """Computes the `width` components of largest variance.
 
     Raises:
-        ValueError: fewer patches than components.
+        ValueError: there are too few patches for that many components.
     """
     if covariance.count <= width:
         raise ValueError(f"{covariance.count} patches cannot give {width} components; take more --images")
@@ -69,7 +68,7 @@ def principal_components(covariance: Covariance, width: int) -> PCABasis:
 
 
 class Codebook(NamedTuple):
-    """Codes of k-means."""
+    """The result of k-means."""
 
     codes: Tensor
     """[V, P] fp32"""
@@ -78,23 +77,23 @@ class Codebook(NamedTuple):
     used: int
     """codes that are nearest to at least one patch"""
     rounds: int
-    """made until nothing changed, or all that were allowed"""
+    """rounds until nothing changed, or the number allowed"""
 
 
 def first_codes(patches_NP: Tensor, count: int, seed: int) -> Tensor:
-    """Different patches to start from, drawn with the seed: [count, P].
+    """Draws `count` distinct patches to start k-means from: [count, P].
 
     Raises:
-        ValueError: fewer different patches than codes.
+        ValueError: there are fewer distinct patches than codes.
     """
-    different_NP = torch.unique(patches_NP, dim=0)
-    if len(different_NP) < count:
+    distinct_NP = torch.unique(patches_NP, dim=0)
+    if len(distinct_NP) < count:
         raise ValueError(
-            f"{len(different_NP)} different patches cannot make {count} codes; "
+            f"{len(distinct_NP)} distinct patches cannot make {count} codes; "
             "take more images or --patches, or a smaller --width"
         )
-    order = torch.randperm(len(different_NP), generator=torch.Generator().manual_seed(seed))
-    return different_NP[order[:count].to(patches_NP.device)]
+    order = torch.randperm(len(distinct_NP), generator=torch.Generator().manual_seed(seed))
+    return distinct_NP[order[:count].to(patches_NP.device)]
 
 
 def k_means(
@@ -103,15 +102,15 @@ def k_means(
     rounds: int,
     on_round: Callable[[int, float], None] = lambda number, error: None,
 ) -> Codebook:
-    """Lloyd's algorithm: patches go to their nearest code, codes to the mean of their patches, until nothing changes.
+    """Runs Lloyd's algorithm: assigns patches to their nearest code, moves codes to the mean of their patches, repeats.
 
-    A code without patches takes the patch that is farthest from its own code.
+    It stops when no assignment changes. A code without patches moves to the patch that is farthest from its code.
 
     Args:
         patches_NP: fp32.
-        codes_VP: to start from.
-        rounds: at most so many.
-        on_round: told each round's number, from 1, and the mean squared distance at its start.
+        codes_VP: the codes to start from.
+        rounds: maximum number of rounds.
+        on_round: called with each round's number, from 1, and the mean squared distance at its start.
     """
     number, nearest_N = 0, torch.full((len(patches_NP),), -1, device=patches_NP.device)
     for number in range(1, rounds + 1):
@@ -126,7 +125,7 @@ def k_means(
 
 
 def _assign(patches_NP: Tensor, codes_VP: Tensor) -> tuple[Tensor, Tensor]:
-    """The nearest code of each patch, and the squared distance to it."""
+    """Finds the nearest code of each patch and the squared distance to it."""
     chunks = patches_NP.split(max(1, CHUNK_VALUES // len(codes_VP)))
     nearest_N = torch.cat([nearest_code(chunk, codes_VP) for chunk in chunks])
     return nearest_N, (patches_NP - codes_VP[nearest_N]).square().sum(1)

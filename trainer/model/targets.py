@@ -1,15 +1,15 @@
-"""prediction, images, ids_mask -> [targets] -> loss: what a model is to say about the masked patches.
+"""Defines what a model predicts about the masked patches, and the loss for each target.
 
-    pixels   the patch itself                                                squared error (SimMIM: absolute)
-    pca      its largest coefficients on a basis fitted to patches            squared error
-    kmeans   the number of the nearest of many patches, fitted to patches     cross-entropy
-    dvae     the number that DALL-E's encoder gives to its place (dvae.py)    cross-entropy (BEiT's target)
+    pixels   the values of the patch                                         squared error (SimMIM: absolute)
+    pca      its first coefficients on principal components of patches       squared error
+    kmeans   the index of its nearest code in a codebook fitted to patches   cross-entropy
+    dvae     the token that DALL-E's encoder gives it (dvae.py)               cross-entropy (BEiT's target)
 
-These are Table 1d of He et al. 2021, with k-means beside the dVAE. With norm_pix_loss, pixels, pca and kmeans look at
-patches normalised by their own mean and deviation. What is fitted comes from a file (target_files.py) and lives in
-buffers of the model, so that a checkpoint is whole without that file.
+These are the targets of Table 1d of He et al. 2021, plus k-means. With norm_pix_loss, pixels, pca and kmeans normalise
+each patch by its own mean and deviation. Fitted values come from a file (target_files.py) and live in buffers of the
+model: a checkpoint is complete without that file.
 
-A tokenizer is a module whose call (uint8 images, ids int32 [B, M]) gives int64 [B, M], each in [0, vocabulary).
+A tokenizer is a module that maps (uint8 images, int32 ids [B, M]) to int64 tokens [B, M] in [0, vocabulary).
 
 Shapes: B images, M masked, P values per patch, A coefficients, V vocabulary, T = P, A or V predicted values.
 """
@@ -26,10 +26,10 @@ from patchmill.trainer.model.dvae import DVAETokenizer
 
 
 def build_target(config: ModelConfig) -> "Target":
-    """The target of a config; what is to be fitted is zero until a file or a checkpoint is loaded.
+    """Builds the target of a config. Fitted values are zero until a file or a checkpoint is loaded.
 
-    Its call (pred [B, M, T], uint8 images, ids_mask) gives the loss, a scalar in fp32; `patches` with the same
-    arguments gives what the prediction looks like: [B, M, P] fp32 in the units of normalised images.
+    A target maps (pred [B, M, T], uint8 images, ids_mask) to the loss, a scalar in fp32. Its method `patches` takes the
+    same arguments and returns the predicted patches to look at: fp32 [B, M, P] in the units of normalised images.
     """
     if config.target == "pixels":
         return PixelTarget(config)
@@ -39,7 +39,7 @@ def build_target(config: ModelConfig) -> "Target":
 
 
 class PixelTarget(nn.Module):
-    """The pixels of the patch."""
+    """Predicts the pixels of the patch."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -52,12 +52,12 @@ class PixelTarget(nn.Module):
         return loss(pred_BMP, images_BHWC, ids_mask_BM, c.patch_size, c.mean, c.std, c.norm_pix_loss)
 
     def patches(self, pred_BMP: Tensor, images_BHWC: Tensor, ids_mask_BM: Tensor) -> Tensor:
-        """The prediction as pixels."""
+        """Returns the prediction as pixels."""
         return with_own_statistics(pred_BMP.float(), images_BHWC, ids_mask_BM, self.config)
 
 
 class PCATarget(nn.Module):
-    """The coefficients of the patch on the principal components of many patches (Table 1d: the 96 largest)."""
+    """Predicts the coefficients of the patch on principal components (Table 1d: the first 96)."""
 
     mean: Tensor
     basis: Tensor
@@ -79,13 +79,13 @@ class PCATarget(nn.Module):
             return (patches_BMP - self.mean) @ self.basis
 
     def patches(self, pred_BMA: Tensor, images_BHWC: Tensor, ids_mask_BM: Tensor) -> Tensor:
-        """The patch that has the predicted coefficients and none else."""
+        """Returns the patch that the predicted coefficients describe."""
         patches_BMP = pred_BMA.float() @ self.basis.T + self.mean
         return with_own_statistics(patches_BMP, images_BHWC, ids_mask_BM, self.config)
 
 
 class TokenTarget(nn.Module):
-    """The number that a tokenizer gives to the patch; the prediction is its logits."""
+    """Predicts the token of the patch, as logits."""
 
     def __init__(self, config: ModelConfig, tokenizer: nn.Module) -> None:
         super().__init__()
@@ -97,14 +97,14 @@ class TokenTarget(nn.Module):
         return F.cross_entropy(pred_BMV.float().flatten(0, 1), tokens_BM.flatten())
 
     def patches(self, pred_BMV: Tensor, images_BHWC: Tensor, ids_mask_BM: Tensor) -> Tensor:
-        """The patch of the most likely token. Raises ValueError where tokens have no look."""
+        """Returns the patch of the most likely token. Raises ValueError for dVAE tokens, which cannot be drawn."""
         if not isinstance(self.tokenizer, KMeansTokenizer):
-            raise ValueError("dvae tokens cannot be drawn: their decoder is not part of the model")
+            raise ValueError("dvae tokens cannot be drawn: the model does not hold their decoder")
         return with_own_statistics(self.tokenizer.codebook[pred_BMV.argmax(-1)], images_BHWC, ids_mask_BM, self.config)
 
 
 class KMeansTokenizer(nn.Module):
-    """Patches to the number of the nearest code (Euclidean)."""
+    """Gives each patch the index of its nearest code (Euclidean)."""
 
     codebook: Tensor
 
@@ -122,20 +122,23 @@ Target = PixelTarget | PCATarget | TokenTarget
 
 
 def nearest_code(patches_P: Tensor, codebook_VP: Tensor) -> Tensor:
-    """fp32 patches [..., P] -> int64 [...]: argmin |x - c|^2 = argmax x c - |c|^2 / 2, the first among equals."""
+    """fp32 patches [..., P] -> int64 [...]: argmin |x - c|^2 = argmax x c - |c|^2 / 2, the first if codes tie."""
     with torch.autocast(patches_P.device.type, enabled=False):
         return (patches_P @ codebook_VP.T - codebook_VP.square().sum(-1) / 2).argmax(-1)
 
 
 def target_patches(images_BHWC: Tensor, ids_BM: Tensor, config: ModelConfig) -> Tensor:
-    """The patches that a target is made of: fp32 [B, M, P], normalised one by one if the config says so."""
+    """Gathers the patches to predict: fp32 [B, M, P], each normalised by itself if norm_pix_loss is set."""
     c = config
     patches_BMP = gather_patches(images_BHWC, ids_BM, c.patch_size, c.mean, c.std, torch.float32)
     return normalize_patches(patches_BMP) if c.norm_pix_loss else patches_BMP
 
 
 def with_own_statistics(patches_BMP: Tensor, images_BHWC: Tensor, ids_BM: Tensor, config: ModelConfig) -> Tensor:
-    """Patches as they are; for a model of normalised pixels with the true patches' mean and deviation, as published."""
+    """Gives normalised predictions the mean and deviation of the true patches, as published.
+
+    Without norm_pix_loss it returns the patches unchanged.
+    """
     c = config
     if not c.norm_pix_loss:
         return patches_BMP
