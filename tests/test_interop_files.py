@@ -94,7 +94,7 @@ def test_fine_tuned_classifiers_give_their_encoder(tmp_path):
     torch.save({"model": classifier}, tmp_path / "finetuned.pth")
     found = read_checkpoint(tmp_path / "finetuned.pth", Hints(num_heads=4))
     assert same_bits(found.tensors, tensors)
-    assert found.notes == ["left out, no part of a ViT-MAE: head.bias, head.weight"]
+    assert found.notes == ["left out, not part of a ViT-MAE: head.bias, head.weight"]
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
@@ -122,10 +122,10 @@ def test_configs_of_transformers_are_read(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config | {"layer_norm_eps": 1e-12}))
     assert read_checkpoint(tmp_path).notes == ["config.json gives layer_norm_eps 1e-12; 1e-06 is used, as published"]
     (tmp_path / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3}))
-    with pytest.raises(ValueError, match="depth 3 where the tensors have 2"):
+    with pytest.raises(ValueError, match="depth 3 in the config, 2 in the tensors"):
         read_checkpoint(tmp_path)
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(ValueError, match=r"config\.json is no JSON"):
+    with pytest.raises(ValueError, match=r"config\.json is not valid JSON"):
         read_checkpoint(tmp_path)
 
 
@@ -152,7 +152,7 @@ def test_what_a_format_cannot_say_is_asked_for(tmp_path):
     torch.save({"model": tensors}, tmp_path / "m.pth")
     with pytest.raises(ValueError, match=r"how many heads .* give --source\.num-heads N"):
         read_checkpoint(tmp_path / "m.pth")
-    with pytest.raises(ValueError, match=r"28 patches, which is no square: give --source\.image-size HEIGHT WIDTH"):
+    with pytest.raises(ValueError, match=r"28 patches, which is not a square: give --source\.image-size HEIGHT WIDTH"):
         read_checkpoint(tmp_path / "m.pth", Hints(num_heads=4))
     with pytest.raises(ValueError, match="28 patches; images of 32 x 32"):
         read_checkpoint(tmp_path / "m.pth", Hints(num_heads=4, image_size=32))

@@ -1,8 +1,8 @@
-"""a file or folder -> [weight_files] -> tensors and what is said of them: reading what others wrote.
+"""Reads weights files of any origin: tensors, and the model options that the file or its config states.
 
-Nothing is trusted. safetensors cannot hold code. A .pth or .bin file is a pickle: it is read by torch's weights-only
-reader, which builds tensors and plain values and refuses all else before anything runs; argparse.Namespace, which the
-published training checkpoints hold, is the one class that is let through.
+It trusts nothing. safetensors cannot hold code. A .pth or .bin file is a pickle; torch's weights-only reader builds
+tensors and plain values and refuses everything else before anything runs. The one class it lets through is
+argparse.Namespace, which the published training checkpoints hold.
 """
 
 import argparse
@@ -26,13 +26,13 @@ from patchmill.trainer.model.resize_weights import Tensors
 from patchmill.trainer.model.vit import LAYER_NORM_EPS
 
 WEIGHT_FILES = ("model.safetensors", "model.pth", "pytorch_model.bin")
-"""what a folder may hold, in order of preference"""
+"""names to look for in a folder, in order of preference"""
 CONTAINERS = ("model", "state_dict")
-"""keys under which .pth files keep their tensors; without them the whole file is taken"""
+"""keys under which .pth files keep their tensors; without them the whole file counts"""
 NOTE = "patchmill"
-"""where our exports carry the model's config: a key of .pth files, a field of safetensors metadata"""
+"""where patchmill's exports carry the model's config: a key of .pth files, a field of safetensors metadata"""
 
-# what torch's reader was seen to raise on damaged files, beside UnpicklingError (a cut zip: OSError)
+# what torch's reader raises on damaged files, besides UnpicklingError (on a truncated zip: OSError)
 _BROKEN_PICKLE = (
     RuntimeError,
     EOFError,
@@ -60,22 +60,22 @@ _TIMM_FIELDS = {"img_size": "image_size", "num_heads": "num_heads"}
 
 
 class Weights(NamedTuple):
-    """What a checkpoint of any format holds."""
+    """The contents of a checkpoint of any format."""
 
     file: Path
     tensors: Tensors
-    """under the file's own names"""
+    """under the names in the file"""
     said: dict[str, Any]
-    """fields of ModelConfig that the file, or the config beside it, gives"""
+    """fields of ModelConfig that the file, or a config file next to it, states"""
     notes: list[str]
-    """what a user may want to know"""
+    """remarks for the user"""
 
 
 def read_weights(path: str | Path) -> Weights:
     """Reads a weights file, a folder of exported files, a checkpoint folder or a run folder.
 
     Raises:
-        ValueError: nothing there, a damaged file, or one that holds more than tensors; nothing of it was run.
+        ValueError: the file is missing, damaged, or holds more than tensors; none of it was run.
     """
     file = _weights_file(Path(path))
     with open(file, "rb") as opened:
@@ -91,17 +91,17 @@ def read_weights(path: str | Path) -> Weights:
 
 
 def config_json(config: ModelConfig) -> str:
-    """The text that headers and .pth files carry; `parse_model_config` reads it."""
+    """Returns the config as the JSON that headers and .pth files carry; `parse_model_config` reads it."""
     return json.dumps(dataclasses.asdict(config))
 
 
 def write_pth(tensors: Tensors, container: str, config: ModelConfig, path: Path) -> None:
-    """torch.save of `{container: tensors}` as the published code has it, with the config as a string beside."""
+    """Saves `{container: tensors}` with torch.save, as the published code does, and adds the config as a string."""
     torch.save({container: _owning(tensors), NOTE: config_json(config)}, path)
 
 
 def write_safetensors(tensors: Tensors, header: dict[str, str], path: Path) -> None:
-    """Tensors under a header. Raises OSError when the file cannot be written."""
+    """Writes tensors and a header. Raises OSError if the file cannot be written."""
     try:
         save_file(_owning(tensors), path, metadata=header)
     except SafetensorError as error:
@@ -109,7 +109,7 @@ def write_safetensors(tensors: Tensors, header: dict[str, str], path: Path) -> N
 
 
 def _owning(tensors: Tensors) -> Tensors:
-    """The tensors, those copied that are views: torch.save would write all that they look into, safetensors refuses."""
+    """Copies tensors that are views: torch.save would write their whole storage, safetensors refuses them."""
     owning: Tensors = {}
     seen = set()
     for name, tensor in tensors.items():
@@ -126,7 +126,7 @@ def _weights_file(path: Path) -> Path:
     if path.is_dir() and not (path / "optimizer.safetensors").exists() and not (path / "checkpoints").exists():
         found = [path / name for name in WEIGHT_FILES if (path / name).is_file()]
         if not found:
-            raise ValueError(f"{path} holds none of {', '.join(WEIGHT_FILES)}; give the file with the weights itself")
+            raise ValueError(f"{path} holds none of {', '.join(WEIGHT_FILES)}; give the weights file itself")
         return found[0]
     return find_model_file(path)
 
@@ -154,7 +154,7 @@ def _read_pickle(file: Path) -> tuple[Tensors, dict[str, Any], bool]:
         if refused:
             raise ValueError(
                 f"{file} holds more than tensors ({refused[1]}); nothing of it was run. Only tensors and plain values "
-                'are read: ask its author for safetensors, or for torch.save({"model": model.state_dict()}, path)'
+                'can be read: ask its author for safetensors, or for torch.save({"model": model.state_dict()}, path)'
             ) from error
         raise ValueError(_damaged(file, error)) from error
     except _BROKEN_PICKLE as error:
@@ -175,7 +175,7 @@ def _read_pickle(file: Path) -> tuple[Tensors, dict[str, Any], bool]:
 def _damaged(file: Path, error: Exception) -> str:
     reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
     return (
-        f"{file} is cut short or damaged ({reason[:100]}); nothing of it was run. "
+        f"{file} is truncated or damaged ({reason[:100]}); nothing of it was run. "
         "If it was downloaded or copied, fetch it again"
     )
 
@@ -185,7 +185,7 @@ def _fields(config: ModelConfig) -> dict[str, Any]:
 
 
 def _read_configs_beside(file: Path) -> tuple[dict[str, Any], list[str]]:
-    """ModelConfig fields from config.json (transformers or timm) and preprocessor_config.json in the file's folder."""
+    """Reads ModelConfig fields from config.json (transformers or timm) and preprocessor_config.json next to the file."""
     said: dict[str, Any] = {}
     notes = []
     table = _read_json(file.with_name("config.json"))
@@ -210,7 +210,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         return _table(json.loads(path.read_text(encoding="utf-8")))
     except ValueError as error:
         raise ValueError(
-            f"{path} is no JSON ({error}); fetch it again, or remove it and give its values as options"
+            f"{path} is not valid JSON ({error}); fetch it again, or remove it and give its values as options"
         ) from error
 
 

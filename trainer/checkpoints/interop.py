@@ -1,8 +1,8 @@
-"""anyone's checkpoint -> [interop] -> our config and published names -> an encoder, or any format again.
+"""Reads checkpoints of any known format and loads encoders from them.
 
-A file of facebookresearch/mae, timm, Hugging Face ViTMAE, detectron2's ViTDet, mmseg's MAE or ours is read without
-trust (weight_files.py), told by its names (state_names.py), its shape taken from the tensors (model_shape.py), and
-everything checked before a model is made of it.
+Formats: patchmill, facebookresearch/mae, timm, Hugging Face ViTMAE, detectron2's ViTDet and mmseg's MAE. The file is
+read without trusting it (files.py), its format is recognised by its names (names.py), its shape inferred from the
+tensors (infer.py), and everything is checked before a model is built.
 
     encoder = load_encoder("runs/b16")                       # or mae_pretrain_vit_base.pth, or a folder from the hub
     cls_token, patches = encoder(images)                     # uint8 [B, H, W, C]
@@ -22,31 +22,31 @@ from patchmill.trainer.model.build import build_model
 from patchmill.trainer.model.encoder import Encoder
 from patchmill.trainer.model.resize_weights import Tensors, resize_model
 
-# parts of classifiers, segmenters and detectors that stand beside an encoder and do not change what it computes
+# parts of classifiers, segmenters and detectors that do not change what the encoder computes
 _OTHER_PARTS = re.compile(
     r"(?:head|head_dist|fc|fc_norm|classifier|decode_head|auxiliary_head|neck|proposal_generator|roi_heads|"
     r"pixel_mean|pixel_std|backbone\.(?!net\.)\w+)(?:\..*)?"
 )
 
-# what sets a plain MAE apart from the other models of ours; only its decoder has a meaning elsewhere
+# options of a plain MAE; the decoders of patchmill's other models mean nothing to other programs
 _MAE = {"kind": "mae", "encoder_mask_tokens": False, "target": "pixels", "target_width": 0}
 
 
 class Checkpoint(NamedTuple):
-    """A model of any origin in our terms."""
+    """A model of any origin as a ModelConfig and tensors under published names."""
 
     config: ModelConfig
     tensors: Tensors
-    """published names, fp32, checked to be the whole model or the whole encoder"""
+    """published names, fp32; checked to be a whole model or a whole encoder"""
     names: NamedFormat
-    """whose names it came under; ours are those of mae"""
+    """format of its names in the file; patchmill uses those of mae"""
     file: Path
     notes: list[str]
-    """what was converted or left out, in words"""
+    """remarks about what was converted or left out"""
 
     @property
     def has_decoder(self) -> bool:
-        """Whether it can be reconstructed with and trained on, or is an encoder alone."""
+        """Whether it holds a decoder too: only then can it reconstruct images."""
         return any(map(is_decoder, self.tensors))
 
 
@@ -54,30 +54,30 @@ def read_checkpoint(path: str | Path, hints: Hints = Hints()) -> Checkpoint:  # 
     """Reads a checkpoint of any known format: a file, a folder of exported files, a checkpoint folder or a run folder.
 
     Args:
-        path: told apart by content, not by name.
-        hints: what the file cannot say.
+        path: the format is recognised by content, not by name.
+        hints: options that the file does not state.
     Raises:
-        ValueError: what is missing, extra, damaged or contradictory, and what to do. Nothing in a file is ever run.
+        ValueError: something is missing, extra, damaged or contradictory. Nothing in a file is ever run.
     """
     weights = read_weights(path)
     try:
         source = recognise(weights.tensors)
     except ValueError as error:
-        raise ValueError(f"{weights.file} is of no known format: {error}") from error
+        raise ValueError(f"{weights.file} has an unknown format: {error}") from error
     tensors, unknown = from_format(weights.tensors, source)
     said, notes = weights.said, list(weights.notes)
     method = {name: said[name] for name, plain in _MAE.items() if said.get(name, plain) != plain}
-    if method:  # no other program has these decoders and targets
+    if method:  # no other program knows these decoders and targets
         tensors, unknown = encoder_only(tensors), [name for name in unknown if not is_decoder(name)]
         said = said | _MAE
         is_other = " and ".join(f"{name} {value}" for name, value in method.items())
-        notes.append(f"no plain MAE ({is_other}): the encoder alone was taken")
+        notes.append(f"not a plain MAE ({is_other}): only the encoder was read")
     left_out = [name for name in unknown if _OTHER_PARTS.fullmatch(name)]
     config = infer_config(tensors, said, hints, weights.file)
     faults = find_faults(tensors | {name: weights.tensors[name] for name in unknown if name not in left_out}, config)
     if faults:
         raise ValueError(
-            f"{weights.file} ({source} names) holds no whole ViT-MAE of {config.depth} blocks of width "
+            f"{weights.file} ({source} names) does not hold a whole ViT-MAE of {config.depth} blocks of width "
             f"{config.embed_dim}: {'; '.join(faults)}. {_remedy(faults)}"
         )
     converted = sorted({str(t.dtype).removeprefix("torch.") for t in tensors.values() if t.dtype != torch.float32})
@@ -85,10 +85,10 @@ def read_checkpoint(path: str | Path, hints: Hints = Hints()) -> Checkpoint:  # 
     if converted:
         notes.append(f"converted from {' and '.join(converted)} to float32")
     if left_out:
-        notes.append(f"left out, no part of a ViT-MAE: {listed(sorted(left_out))}")
+        notes.append(f"left out, not part of a ViT-MAE: {listed(sorted(left_out))}")
     if "norm_pix_loss" not in said and hints.norm_pix_loss is None and any(map(is_decoder, tensors)):
         notes.append(
-            "it does not say its target: taken for normalised pixels; if not, give --source.norm-pix-loss False"
+            "it does not state its target: assumed normalised pixels; if wrong, give --source.norm-pix-loss False"
         )
     return Checkpoint(config, tensors, source, weights.file, notes)
 
@@ -101,7 +101,7 @@ def resized(
     mean: tuple[float, ...] | None = None,
     std: tuple[float, ...] | None = None,
 ) -> Checkpoint:
-    """The checkpoint for another image size or number of channels: see resize.py."""
+    """Adapts a checkpoint to another image size or number of channels (resize_weights.py)."""
     config, tensors = resize_model(
         checkpoint.config, checkpoint.tensors, image_size=image_size, channels=channels, mean=mean, std=std
     )
@@ -109,7 +109,7 @@ def resized(
 
 
 def write_checkpoint(checkpoint: Checkpoint, path: Path) -> None:
-    """Writes a model.safetensors of ours; with a decoder `checkpoint.load_model` reads it, `load_encoder` always."""
+    """Writes a model.safetensors in patchmill's format. `load_encoder` reads it; with a decoder, `load_model` too."""
     write_safetensors(checkpoint.tensors, {"format": "patchmill", "model": config_json(checkpoint.config)}, path)
 
 
@@ -119,12 +119,12 @@ def load_encoder(
     image_size: int | tuple[int, int] | None = None,
     hints: Hints = Hints(),  # noqa: B008
 ) -> Encoder:
-    """The encoder of a checkpoint of any format, in eval mode on the CPU.
+    """Loads the encoder of a checkpoint of any format, in eval mode on the CPU.
 
     Args:
         path: a file, a folder of exported files, a checkpoint folder or a run folder (newest checkpoint).
-        image_size: pixels, when not those it was trained with; positions are interpolated as published.
-        hints: what the file cannot say, such as the number of heads of a model of unpublished width.
+        image_size: pixels, if other than in training; positions are interpolated as published.
+        hints: options that the file does not state, such as the number of heads of a model of unpublished width.
     Returns:
         a module that maps uint8 [B, H, W, C] images to (class token [B, D], patches [B, L, D]).
     Raises:
@@ -134,7 +134,7 @@ def load_encoder(
 
 
 def build_encoder(checkpoint: Checkpoint) -> Encoder:
-    """The encoder of a checkpoint as a module in eval mode; it takes the tensors over without a copy."""
+    """Builds the encoder of a checkpoint as a module in eval mode; it uses the tensors without copying them."""
     with torch.device("meta"):
         model = build_model(checkpoint.config)
     encoder = Encoder(model)
@@ -144,5 +144,5 @@ def build_encoder(checkpoint: Checkpoint) -> Encoder:
 
 def _remedy(faults: list[str]) -> str:
     if any(" missing: " in fault for fault in faults):
-        return "Fetch the file again if it was cut, or give one that holds the whole encoder"
-    return "Give a plain ViT-MAE checkpoint: what is extra or different would change what the model computes"
+        return "Fetch the file again if it was truncated, or give one that holds the whole encoder"
+    return "Give a plain ViT-MAE checkpoint: extra or different tensors would change what the model computes"

@@ -1,8 +1,8 @@
-"""foreign file -> [names] -> published names, and back: one model, five spellings of its parameters.
+"""Converts parameter names between the published ones and those of other projects.
 
-The published names of facebookresearch/mae are the canonical ones; timm and detectron2's ViTDet use the same names for
-the encoder, so that only Hugging Face (query, key and value apart) and mmseg need a table. Every conversion moves
-tensors without arithmetic: there and back again gives the same bits.
+The published names of facebookresearch/mae are canonical. timm and detectron2's ViTDet use the same names for the
+encoder; only Hugging Face (separate query, key and value) and mmseg need a table. Conversions do no arithmetic: there
+and back again gives the same bits.
 
     published (mae)          Hugging Face ViTMAE (as on the hub)                  mmseg MAE backbone
     patch_embed.proj         vit.embeddings.patch_embeddings.projection           patch_embed.projection
@@ -43,7 +43,7 @@ _HF_BLOCK = {
 _HF_QKV = ("attention.attention.query", "attention.attention.key", "attention.attention.value")
 
 
-# in memory transformers 5 has names of its own (and 5.23's save_pretrained a third spelling of the decoder's layers)
+# transformers 5 uses other names in memory (and save_pretrained of 5.23 a third spelling of the decoder's layers)
 _HF5_BLOCK = {"attn.proj": "attention.o_proj", "mlp.fc1": "mlp.fc1", "mlp.fc2": "mlp.fc2"}
 
 _HF5_QKV = ("attention.q_proj", "attention.k_proj", "attention.v_proj")
@@ -62,21 +62,21 @@ _MMSEG_LAYER = re.compile(r"(?:backbone\.)?layers\.(\d+)\.(.+)\.(weight|bias)")
 
 
 def is_decoder(name: str) -> bool:
-    """Whether a name belongs to the decoder, or to what else no encoder needs: a fitted target's tensors."""
+    """Whether a name belongs to the decoder or a fitted target, which an encoder does not need."""
     return name.startswith(("decoder_", "target.")) or name == "mask_token"
 
 
 def encoder_only(tensors: Tensors) -> Tensors:
-    """The encoder's tensors."""
+    """Returns only the encoder's tensors."""
     return {name: tensor for name, tensor in tensors.items() if not is_decoder(name)}
 
 
 def to_format(tensors: Tensors, target: NamedFormat, *, mean_pool: bool = False) -> Tensors:
-    """Published names -> the names of a format; timm, detectron2 and mmseg take the encoder alone.
+    """Converts published names to those of a format; for timm, detectron2 and mmseg only the encoder's.
 
     Args:
         tensors: published names.
-        mean_pool: timm's models with global_pool="avg" call the last norm `fc_norm`.
+        mean_pool: for timm's models with global_pool="avg", which call the last norm `fc_norm`.
     """
     if target in ENCODER_ONLY:
         tensors = encoder_only(tensors)
@@ -92,7 +92,7 @@ def to_format(tensors: Tensors, target: NamedFormat, *, mean_pool: bool = False)
 
 
 def recognise(tensors: Tensors) -> NamedFormat:
-    """Which format the names are of. Raises ValueError that shows some of the names."""
+    """Recognises the format of names. Raises ValueError that shows some of them."""
     names = {_unwrapped(name) for name in tensors}
     if "backbone.net.patch_embed.proj.weight" in names:
         return "detectron2"
@@ -101,7 +101,7 @@ def recognise(tensors: Tensors) -> NamedFormat:
     if names & {"patch_embed.projection.weight", "backbone.patch_embed.projection.weight"}:
         return "mmseg"
     if "patch_embed.proj.weight" in names:
-        # timm's files and the published encoders have the same names, but for timm's mean pooling
+        # timm's files and the published encoders share their names, except with timm's mean pooling
         return "timm" if "fc_norm.weight" in names and "norm.weight" not in names else "mae"
     raise ValueError(
         f"no patch embedding under a name of facebookresearch/mae, timm, Hugging Face ViTMAE, detectron2 or mmseg; "
@@ -110,26 +110,26 @@ def recognise(tensors: Tensors) -> NamedFormat:
 
 
 def from_format(tensors: Tensors, source: NamedFormat) -> tuple[Tensors, list[str]]:
-    """Names of a format -> published names, and the foreign names that have no place in the model."""
+    """Converts a format's names to published ones; also returns the names that the model does not have."""
     unwrapped = {_unwrapped(name): tensor for name, tensor in tensors.items()}
     if source == "hf":
         return _from_hf(unwrapped)
     rename: Callable[[str], str] = {"mmseg": _from_mmseg, "detectron2": _from_detectron2}.get(source, _from_mae)
     renamed = {rename(name): (name, tensor) for name, tensor in unwrapped.items()}
-    if "norm.weight" not in renamed:  # mean-pooled classifiers norm the mean of the patches instead
+    if "norm.weight" not in renamed:  # mean-pooled classifiers call the last norm fc_norm
         renamed = {re.sub(r"^fc_norm\.", "norm.", name): entry for name, entry in renamed.items()}
     known = {name: tensor for name, (_, tensor) in renamed.items() if _is_published(name)}
     return known, [old for name, (old, _) in renamed.items() if name not in known]
 
 
 def listed(names: list[str], at_most: int = 6) -> str:
-    """Names for a message: the first few, then how many more."""
+    """Lists names for a message: the first few, then how many more."""
     more = f" and {len(names) - at_most} more" if len(names) > at_most else ""
     return ", ".join(names[:at_most]) + more
 
 
 def _unwrapped(name: str) -> str:
-    """Without what DistributedDataParallel and torch.compile put before a name."""
+    """Strips the prefixes of DistributedDataParallel and torch.compile."""
     return re.sub(r"^(?:module\.|_orig_mod\.)+", "", name)
 
 
