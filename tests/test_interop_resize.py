@@ -76,7 +76,7 @@ def test_both_tables_follow_the_image_size(size):
 
 
 def test_sizes_that_patches_do_not_divide():
-    with pytest.raises(ValueError, match=r"no multiple of model\.patch_size 8; the nearest that is: 32x40"):
+    with pytest.raises(ValueError, match=r"not a multiple of model\.patch_size 8; the nearest multiple is 32x40"):
         resized(random_checkpoint(TINY), image_size=(32, 42))
     assert dataclasses.replace(H14, image_size=448).grid_hw == (32, 32)
 

@@ -174,19 +174,19 @@ def test_shares_are_whole_epochs():
     assert phases == [(0, 160), (400, 192), (800, 224)]
     assert [size_at(phases, step) for step in (0, 399, 400, 799, 800, 999)] == [160, 160, 192, 192, 224, 224]
     assert first_steps(schedule, steps_per_epoch=100, total_steps=370) == [(0, 160), (100, 192), (300, 224)]
-    with pytest.raises(ValueError, match=r"160 px from 0 of the run on would hold for no epoch of 0\.9"):
+    with pytest.raises(ValueError, match=r"160 px from 0 of the run would last for no epoch of 0\.9"):
         first_steps(schedule, steps_per_epoch=100, total_steps=90)
 
 
 @pytest.mark.parametrize(
     ("schedule", "message"),
     [
-        (((0.1, 16), (0.5, 32)), "rise from 0"),
-        (((0.0, 16), (0.5, 24), (0.5, 32)), "rise from 0"),
+        (((0.1, 16), (0.5, 32)), "start at 0, rise"),
+        (((0.0, 16), (0.5, 24), (0.5, 32)), "start at 0, rise"),
         (((0.0, 16), (1.0, 32)), "stay below 1"),
         (((0.0, 16), (0.5, 24)), "ends with 24 px and model.image_size is 32"),
-        (((0.0, 20), (0.5, 32)), "20 px is no multiple of model.patch_size 8"),
-        (((0.0, 0), (0.5, 32)), "0 px is no multiple"),
+        (((0.0, 20), (0.5, 32)), "20 px is not a multiple of model.patch_size 8"),
+        (((0.0, 0), (0.5, 32)), "0 px is not a multiple"),
         (((0.0, 8), (0.5, 32)), "masks everything"),
     ],
 )
@@ -196,7 +196,7 @@ def test_a_schedule_that_cannot_work(schedule, message, dataset, tmp_path):
 
 
 def test_a_run_that_is_too_short_is_refused_before_it_begins(dataset, tmp_path):
-    with pytest.raises(ValueError, match="would hold for no epoch"):
+    with pytest.raises(ValueError, match="would last for no epoch"):
         pretrain(config_of(dataset, tmp_path / "run", train__total_steps=4))
     assert not (tmp_path / "run" / "status.json").exists()
 

@@ -306,7 +306,7 @@ def test_what_cannot_be_is_named_with_a_remedy(dataset, tmp_path):
     refused("is not a readable safetensors file", tmp_path / "none.safetensors")
     save_file({"mean": torch.zeros(192)}, tmp_path / "other.safetensors")
     refused("is not a target file of patchmill", tmp_path / "other.safetensors")
-    refused(r"at most 192 exist", model__target_width=500)
+    refused(r"give at most 192", model__target_width=500)
     refused(r"model\.target dvae takes 3 channels, not 1", model__target="dvae", model__target_width=0, **GREY)
     refused(r"tokens cannot be drawn", model__target="dvae", model__target_width=0, train__picture_every_epochs=1.0)
     assert fit(dataset, tmp_path / "pca.pt") == 2

@@ -185,7 +185,7 @@ def _fields(config: ModelConfig) -> dict[str, Any]:
 
 
 def _read_configs_beside(file: Path) -> tuple[dict[str, Any], list[str]]:
-    """Reads ModelConfig fields from config.json (transformers or timm) and preprocessor_config.json next to the file."""
+    """Reads ModelConfig fields from config.json (transformers or timm) and preprocessor_config.json by the file."""
     said: dict[str, Any] = {}
     notes = []
     table = _read_json(file.with_name("config.json"))

@@ -1,8 +1,4 @@
-"""recipe -> [config] -> model, loader, optimizer: everything a run is, in frozen dataclasses.
-
-A run's config is resolved once, checked here, saved beside the run as config.toml and never changed afterwards.
-Names carry their unit (`_steps`, `_epochs`); an unset option is an absent key.
-"""
+"""Defines and checks the options of a model: shape, method, target and normalisation."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -11,21 +7,19 @@ from typing import Literal
 from patchmill.pipeline.config import check_choices
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
-
 IMAGENET_STD = (0.229, 0.224, 0.225)
-
 DVAE_VOCABULARY, PCA_COEFFICIENTS = 8192, 96
-"""of DALL-E's encoder; and of the published PCA target (He et al. 2021, Table 1d)"""
+"""tokens of DALL-E's encoder, and coefficients of the published PCA target (He et al. 2021, Table 1d)"""
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Shape of a masked autoencoder (He et al. 2021, section 3; defaults: ViT-B/16 with the 8 x 512 decoder)."""
+    """A model's shape and method (He et al. 2021, section 3; defaults: ViT-B/16 with the 8 x 512 decoder)."""
 
     image_size: int | tuple[int, int] = 224
-    """pixels: one number for a square, or height and width"""
+    """pixels: one number for square images, or height and width"""
     patch_size: int = 16
-    """pixels on a side"""
+    """side of a patch, in pixels"""
     embed_dim: int = 768
     """encoder width"""
     depth: int = 12
@@ -39,27 +33,27 @@ class ModelConfig:
     decoder_num_heads: int = 16
     """decoder attention heads"""
     mlp_ratio: float = 4.0
-    """hidden width of the MLPs over their block's width"""
+    """hidden width of an MLP, divided by the width of its block"""
     channels: int = 3
     """image channels"""
     norm_pix_loss: bool = True
-    """predict pixels normalised by their patch's mean and variance (section 4.1: the better features)"""
+    """predict pixels normalised by the mean and variance of their patch (section 4.1: better features)"""
     mean: tuple[float, ...] = IMAGENET_MEAN
-    """per channel, in 0..1 units, subtracted from the images"""
+    """per channel, in 0..1 units; subtracted from the images"""
     std: tuple[float, ...] = IMAGENET_STD
-    """per channel, in 0..1 units, divides the images"""
+    """per channel, in 0..1 units; the images are divided by it"""
     kind: Literal["mae", "simmim", "crossmae"] = "mae"
-    """mae; simmim: mask tokens in the encoder, one layer for a decoder, L1; crossmae: a decoder of cross-attention"""
+    """mae; simmim: mask tokens in the encoder, a linear layer as decoder, L1 loss; crossmae: cross-attention decoder"""
     encoder_mask_tokens: bool = False
-    """mae with mask tokens in the encoder (Table 1c: worse, and three times the work)"""
+    """for mae: put mask tokens into the encoder (Table 1c: worse features, three times the work)"""
     target: Literal["pixels", "pca", "kmeans", "dvae"] = "pixels"
-    """what is predicted (Table 1d): pixels, PCA coefficients, or tokens of k-means or of DALL-E's dVAE"""
+    """what to predict (Table 1d): pixels, PCA coefficients, or tokens of k-means or of DALL-E's dVAE"""
     target_width: int = 0
-    """PCA coefficients or k-means codes; 0: 96 coefficients, 8192 codes"""
+    """number of PCA coefficients or k-means codes; 0: 96 coefficients, 8192 codes"""
     uniformity_weight: float = 0.0
     """weight of U-MAE's uniformity term on the class tokens (0.01 as published); 0: none"""
     uniformity_form: Literal["as-published", "global-gradient"] = "as-published"
-    """as-published divides its gradient by the number of ranks and norms class tokens twice (uniformity.py)"""
+    """as-published divides the term's gradient by the number of ranks and norms class tokens twice (uniformity.py)"""
 
     def __post_init__(self) -> None:
         check_choices(self, "model")
@@ -69,15 +63,17 @@ class ModelConfig:
                 raise ValueError(f"model.{name} is {getattr(self, name)}; it must be at least 1")
         if height % self.patch_size or width % self.patch_size:
             raise ValueError(
-                f"model.image_size {height}x{width} is no multiple of model.patch_size {self.patch_size}; "
-                f"the nearest that is: {_nearest(height, self.patch_size)}x{_nearest(width, self.patch_size)}"
+                f"model.image_size {height}x{width} is not a multiple of model.patch_size {self.patch_size}; "
+                f"the nearest multiple is {_nearest(height, self.patch_size)}x{_nearest(width, self.patch_size)}"
             )
         for width_name, heads_name in (("embed_dim", "num_heads"), ("decoder_embed_dim", "decoder_num_heads")):
             dim, heads = getattr(self, width_name), getattr(self, heads_name)
             if heads < 1 or dim % heads:
-                raise ValueError(f"model.{width_name} {dim} cannot be split over model.{heads_name} {heads} heads")
+                raise ValueError(
+                    f"model.{width_name} {dim} cannot be split over model.{heads_name} {heads}; choose a divisor"
+                )
             if dim % 4:
-                raise ValueError(f"model.{width_name} {dim} must be a multiple of 4 for 2-D sin-cos positions")
+                raise ValueError(f"model.{width_name} {dim} must be a multiple of 4 (for 2-D sin-cos positions)")
         if not len(self.mean) == len(self.std) == self.channels:
             raise ValueError(
                 f"model.mean has {len(self.mean)} and model.std {len(self.std)} values for "
@@ -93,16 +89,16 @@ class ModelConfig:
         if self.encoder_mask_tokens and self.kind != "mae":
             raise ValueError(
                 f"model.encoder_mask_tokens is for model.kind mae, not {self.kind}; leave it out "
-                "(simmim has mask tokens in its encoder, crossmae's decoder asks the visible patches alone)"
+                "(simmim always has mask tokens in its encoder, crossmae never)"
             )
         if self.target_width < 0 or (self.target_width and self.target in ("pixels", "dvae")):
             raise ValueError(
-                f"model.target_width {self.target_width} is not for model.target {self.target}; leave it out"
+                f"model.target_width {self.target_width} does not apply to model.target {self.target}; leave it out"
             )
         if self.target == "pca" and self.pred_dim > self.patch_dim:
             raise ValueError(
-                f"model.target_width {self.pred_dim} coefficients of patches of {self.patch_dim} values; "
-                f"at most {self.patch_dim} exist"
+                f"model.target_width is {self.pred_dim} PCA coefficients, but a patch has only {self.patch_dim} values; "
+                f"give at most {self.patch_dim}"
             )
         if self.target == "dvae" and self.channels != 3:
             raise ValueError(f"model.target dvae takes 3 channels, not {self.channels}; use kmeans or pca")
@@ -114,29 +110,29 @@ class ModelConfig:
 
     @property
     def grid_hw(self) -> tuple[int, int]:
-        """Patches down and across."""
+        """Rows and columns of patches."""
         height, width = self.image_hw
         return height // self.patch_size, width // self.patch_size
 
     @property
     def num_patches(self) -> int:
-        """L: patches in an image."""
+        """L: patches per image."""
         return self.grid_hw[0] * self.grid_hw[1]
 
     @property
     def patch_dim(self) -> int:
-        """P: values in a patch."""
+        """P: values per patch."""
         return self.patch_size**2 * self.channels
 
     @property
     def pred_dim(self) -> int:
-        """T: values predicted of a patch."""
+        """T: values predicted per patch."""
         published = {"pca": PCA_COEFFICIENTS, "kmeans": DVAE_VOCABULARY, "dvae": DVAE_VOCABULARY}
         return self.patch_dim if self.target == "pixels" else self.target_width or published[self.target]
 
     @property
     def sees_mask_tokens(self) -> bool:
-        """Whether the encoder takes all places of the image in, masked ones as mask tokens."""
+        """Whether the encoder sees all patches of the image, the masked ones as mask tokens."""
         return self.encoder_mask_tokens or self.kind == "simmim"
 
 

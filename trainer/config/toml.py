@@ -1,6 +1,6 @@
-"""config <-> [config.toml]: a run's config as a file that can be given back with --config.
+"""Writes a run's config as TOML and reads it back for --config.
 
-An option that is unset (None) is an absent key, since TOML has no null.
+TOML has no null: an unset option (None) is an absent key.
 """
 
 import dataclasses
@@ -18,25 +18,25 @@ Config = TypeVar("Config")
 
 
 def to_toml(config: Any) -> str:
-    """A config (any frozen dataclass of ours) as TOML text."""
+    """Returns a config (any of this folder's dataclasses) as TOML."""
     return tomli_w.dumps(_plain(config))
 
 
 def from_toml(path: str | Path) -> PretrainConfig:
-    """Reads a pretraining run's config.toml. Raises ValueError naming the file and the key that is wrong."""
+    """Reads the config.toml of a pretraining run. Raises ValueError that names the file and the wrong key."""
     return read_toml(path, PretrainConfig)
 
 
 def read_toml(path: str | Path, kind: type[Config]) -> Config:
-    """Reads what `to_toml` wrote of a config of that kind. Raises ValueError as `from_toml`."""
+    """Reads a config of that kind from what `to_toml` wrote. Raises ValueError as `from_toml` does."""
     try:
         table = tomllib.loads(Path(path).read_text(encoding="utf-8"))
-        # tuples are arrays in TOML; an array stays a list only where the field wants a list
+        # TOML has arrays only: every array becomes a tuple, the sequence type of all configs
         return dacite.from_dict(kind, _unset(kind, _tuples(table)), dacite.Config(strict=True))
     except OSError as error:
         raise OSError(f"cannot read {path}: {error.strerror or error}; give the config.toml of a run") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is no TOML: {error}; give the config.toml of a run") from error
+        raise ValueError(f"{path} is not valid TOML: {error}; give the config.toml of a run") from error
     except dacite.DaciteError as error:
         raise ValueError(f"{path}: {error}; give the config.toml of a run of this version") from error
 
@@ -55,7 +55,7 @@ def _tuples(value: Any) -> Any:
 
 
 def _unset(cls: type, table: dict[str, Any]) -> dict[str, Any]:
-    """Absent keys of optional fields as None: they were unset when the run began, whatever today's default."""
+    """Sets absent keys of optional fields to None: they were unset when the run began, whatever the default is now."""
     filled = dict(table)
     for name, hint in typing.get_type_hints(cls).items():
         if dataclasses.is_dataclass(hint) and isinstance(table.get(name), dict):

@@ -1,7 +1,7 @@
-"""[cifar_recipe] -> config: CIFAR-10 at 32 px, from pretraining to fine-tuning.
+"""Defines the recipes for CIFAR-10 at 32 px: pretraining, probing and fine-tuning.
 
-`nano` is a model that two CPU cores train in minutes; docs/results.md says what it reached. ViT-Tiny and -Small, at
-patch 4 or 2, are for a GPU. The probe keeps the published optimizer with a batch that fits 50,000 images.
+`nano` is a model that two CPU cores train in minutes; docs/results.md has its accuracies. ViT-Tiny and -Small, at
+patch 4 or 2, are for a GPU. The probe uses the published optimizer with a batch suited to 50,000 images.
 """
 
 import dataclasses
@@ -13,11 +13,11 @@ from patchmill.trainer.config.model import ModelConfig
 from patchmill.trainer.config.pretrain import OptimConfig, PretrainConfig, TrainConfig
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
-"""of CIFAR-10's training images, in 0..1 units"""
+"""of the training images, in 0..1 units"""
 
 
 def cifar_model(width: int, depth: int, heads: int, patch_size: int, decoder: tuple[int, int, int]) -> ModelConfig:
-    """A model at 32 px; decoder: width, blocks, heads."""
+    """A model at 32 px; `decoder` is its width, blocks and heads."""
     return ModelConfig(
         image_size=32,
         patch_size=patch_size,
@@ -45,7 +45,7 @@ def mae_cifar_nano_p4() -> PretrainConfig:
 
 
 def umae_cifar_nano_p4() -> PretrainConfig:
-    """`mae-cifar-nano-p4` with U-MAE's term at its published weight, all else the same."""
+    """`mae-cifar-nano-p4` with U-MAE's term at its published weight, otherwise unchanged."""
     config = mae_cifar_nano_p4()
     return dataclasses.replace(config, model=dataclasses.replace(config.model, uniformity_weight=0.01))
 
@@ -76,7 +76,7 @@ def probe_cifar() -> ProbeConfig:
 
 
 def probe_cifar_nano() -> ProbeConfig:
-    """Linear probe for a CPU: batch 256, 6 epochs; so few updates need a far larger base rate."""
+    """Linear probe for a CPU: batch 256, 6 epochs; so few updates need a much larger base rate."""
     return ProbeConfig(
         test=TestConfig(crop_fraction=1.0),
         optim=OptimConfig(blr=4.0, warmup_epochs=1, weight_decay=0.0),
@@ -94,7 +94,7 @@ def finetune_cifar() -> FinetuneConfig:
 
 
 def finetune_cifar_nano() -> FinetuneConfig:
-    """Fine-tuning for a CPU: batch 128, 3 epochs; what only pays in long schedules is left out."""
+    """Fine-tuning for a CPU: batch 128, 3 epochs, without the regularisation that only pays in long schedules."""
     config = finetune_cifar()
     return dataclasses.replace(
         config,
@@ -106,7 +106,7 @@ def finetune_cifar_nano() -> FinetuneConfig:
 
 
 def scratch_cifar_nano() -> FinetuneConfig:
-    """The nano model, supervised from random weights with the same schedule and no layer decay."""
+    """Supervised training of the nano model from random weights: the same schedule, no layer decay."""
     return dataclasses.replace(finetune_cifar_nano(), subject=SubjectConfig(model=NANO), layer_decay=1.0)
 
 

@@ -1,7 +1,7 @@
-"""[eval_recipe] -> config: named probes and fine-tunings, each a function that says what it is.
+"""Defines the recipes for linear probing and fine-tuning.
 
-Sources: He et al. 2021, Tables 9 (fine-tuning), 10 (linear probe) and 11 (from scratch), with the values of the
-published code (FINETUNE.md there) where it differs: ViT-B layer decay 0.65, drop path 0.1, 0.2 and 0.3 for B, L and H.
+Sources: He et al. 2021, Tables 9 (fine-tuning), 10 (linear probe) and 11 (from scratch). Where the published code
+(its FINETUNE.md) differs, its values are used: ViT-B layer decay 0.65, drop path 0.1, 0.2 and 0.3 for B, L and H.
 """
 
 import dataclasses

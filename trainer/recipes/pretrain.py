@@ -1,6 +1,6 @@
-"""[recipe] -> config: named full configs, each a function that says what it is.
+"""Defines the recipes for pretraining: named functions that return a full config.
 
-The published recipes are He et al. 2021, Table 8 (pretraining) with the decoder of section 3: 8 blocks of width 512.
+The published recipes are those of He et al. 2021, Table 8, with the decoder of section 3: 8 blocks of width 512.
 """
 
 import dataclasses
@@ -32,7 +32,7 @@ def mae_vit_h14() -> PretrainConfig:
 
 
 def mae_vit_h14_448() -> PretrainConfig:
-    """ViT-H/14 at 448 px: four times the patches; blocks recompute their activations so that a useful batch fits."""
+    """ViT-H/14 at 448 px: four times the patches; recomputes activations to fit a useful batch."""
     model = ModelConfig(image_size=448, patch_size=14, embed_dim=1280, depth=32, num_heads=16)
     return PretrainConfig(model=model, train=TrainConfig(activation_checkpointing=True))
 
@@ -60,9 +60,9 @@ def mae_vit_h14_1gpu() -> PretrainConfig:
 def umae_vit_b16() -> PretrainConfig:
     """U-MAE with ViT-B/16 as published (Zhang et al. 2022; zhangq327/U-MAE): batch 1024, 200 epochs, weight 0.01.
 
-    The published run had 8 ranks, and its form divides the term's gradient by them: on W ranks give
-    --model.uniformity-weight 0.00125 times W for the same gradient. Warm-up is the 20 epochs that its authors name
-    (their script has 40).
+    The published form divides the term's gradient by the number of ranks, which was 8: on W ranks give
+    --model.uniformity-weight 0.00125 times W for the same gradient. Warm-up is 20 epochs, as its authors state (their
+    script has 40).
     """
     return _umae(mae_vit_b16())
 
@@ -75,8 +75,8 @@ def umae_vit_l16() -> PretrainConfig:
 def simmim_vit_b16() -> PretrainConfig:
     """SimMIM with ViT-B/16 (Xie et al. 2022; microsoft/SimMIM, vit_base__800ep): cells of 32 px masked at 60 %, L1.
 
-    The published run has relative positions, LayerScale, drop path 0.1 and a rate that falls once, at epoch 700; here
-    the encoder is MAE's and the rate a cosine.
+    The published run has relative positions, LayerScale, drop path 0.1 and a learning rate that drops once, at epoch
+    700; here the encoder is MAE's and the rate follows a cosine.
     """
     return with_options(
         mae_vit_b16(),
@@ -94,7 +94,7 @@ def simmim_vit_b16() -> PretrainConfig:
 
 
 def crossmae_vit_b16() -> PretrainConfig:
-    """ViT-B/16 with a decoder of 12 blocks of cross-attention (Fu et al. 2024). Another model than MAE: crossmae.py."""
+    """ViT-B/16 with a decoder of 12 cross-attention blocks (Fu et al. 2024). Not the same model as MAE: crossmae.py."""
     return with_options(mae_vit_b16(), model__kind="crossmae", model__decoder_depth=12)
 
 
@@ -138,21 +138,21 @@ RECIPES: dict[str, Callable[[], PretrainConfig]] = {
 
 
 def get_recipe(name: str) -> PretrainConfig:
-    """The recipe of that name. Raises ValueError with names that are like it."""
+    """Finds a recipe by name. Raises ValueError that suggests similar names."""
     return find_recipe(RECIPES, name)()
 
 
 def find_recipe(recipes: Mapping[str, Recipe], name: str) -> Recipe:
-    """The recipe of that name. Raises ValueError with names that are like it."""
+    """Finds a recipe by name. Raises ValueError that suggests similar names."""
     if name not in recipes:
-        like = difflib.get_close_matches(name, recipes, n=3, cutoff=0.5)
-        meant = f"did you mean {' or '.join(like)}? " if like else ""
-        raise ValueError(f"no recipe {name!r}; {meant}`patchmill recipes` lists all")
+        similar = difflib.get_close_matches(name, recipes, n=3, cutoff=0.5)
+        question = f"did you mean {' or '.join(similar)}? " if similar else ""
+        raise ValueError(f"no recipe {name!r}; {question}`patchmill recipes` lists all")
     return recipes[name]
 
 
 def with_options(config: PretrainConfig, **changes: Any) -> PretrainConfig:
-    """A config with `section__option` (or top-level `option`) changed, checked again.
+    """Returns a config with some options (`section__option`, or a top-level `option`) changed, and checks it.
 
     Example:
         with_options(mae_tiny(), train__total_steps=20, seed=3)

@@ -1,9 +1,10 @@
-"""[table1_recipe] -> config: every row of Table 1 of He et al. 2021, by name.
+"""Defines a recipe for every row of Table 1 of He et al. 2021.
 
-All rows are ViT-L/16 at 224 px for 800 epochs with one thing changed: decoder of 8 blocks of width 512, no mask tokens
-in the encoder, pixels without normalisation, random-size crops, random masks of 75 %. docs/results.md has accuracies.
+Each row changes one thing of the default: ViT-L/16 at 224 px for 800 epochs, decoder of 8 blocks of width 512, no mask
+tokens in the encoder, pixels without normalisation, random-size crops, random masks of 75 %. docs/results.md has the
+paper's accuracies.
 
-The paper does not say how many heads decoders of other widths have (16 here, as in the published code) nor how strong
+The paper does not state how many heads decoders of other widths have (16 here, as in the published code) or how strong
 its colour jitter is (0.4 here). table1-d-pca and table1-d-dvae need --target-path (`patchmill target`).
 """
 
@@ -35,11 +36,11 @@ ROWS: dict[str, dict[str, dict[str, Any]]] = {
     "f-block-75": {"mask": {"kind": "block"}},
     "f-grid-75": {"mask": {"kind": "grid"}},
 }
-"""changes to the default setting, by section"""
+"""changes to the default, by section"""
 
 
 def table1(row: str) -> PretrainConfig:
-    """The config of a row."""
+    """Builds the config of a row."""
     plain = PretrainConfig(model=VIT_L16)
     changed = {name: dataclasses.replace(getattr(plain, name), **changes) for name, changes in ROWS[row].items()}
     return dataclasses.replace(plain, **changed)
