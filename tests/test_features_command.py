@@ -139,4 +139,4 @@ def test_options_that_cannot_work(checkpoint, dataset, tmp_path, capsys):
     assert features(checkpoint, dataset / "shard-000000.tar", tmp_path / "f.safetensors") == 2
     assert "run `patchmill index` on their folder" in capsys.readouterr().err
     assert features(checkpoint, dataset, tmp_path / "f.safetensors", "--image-size", "30") == 2
-    assert "no multiple of model.patch_size 8" in capsys.readouterr().err
+    assert "not a multiple of model.patch_size 8" in capsys.readouterr().err

@@ -84,7 +84,7 @@ def test_duration_may_be_given_in_images(dataset, tmp_path):
     [
         ("--train.global-batch 0", "train.global_batch is 0; it must be at least 1"),
         ("--train.global-bacth 8", "--train.global-bacth"),
-        ("--model.patch-size 7", "no multiple of model.patch_size 7"),
+        ("--model.patch-size 7", "not a multiple of model.patch_size 7"),
         ("--train.precision fp7", "'bf16', 'fp16', 'fp32'"),
         ("--seed -1", "seed is -1"),
         ("--train.total-images 5", "leave one out"),

@@ -97,7 +97,7 @@ class ModelConfig:
             )
         if self.target == "pca" and self.pred_dim > self.patch_dim:
             raise ValueError(
-                f"model.target_width is {self.pred_dim} PCA coefficients, but a patch has only {self.patch_dim} values; "
+                f"model.target_width is {self.pred_dim} PCA coefficients, but patches have {self.patch_dim} values; "
                 f"give at most {self.patch_dim}"
             )
         if self.target == "dvae" and self.channels != 3:

@@ -118,7 +118,7 @@ class TrainConfig:
     picture_every_epochs: float | None = None
     """how often to draw a sheet of reconstructions into pictures/; unset: never"""
     spectrum_every_epochs: float | None = None
-    """how often to measure the effective rank of a batch's class tokens (spectra.jsonl; shows collapse); unset: never"""
+    """how often to measure the effective rank of a batch's class tokens (spectra.jsonl: collapse); unset: never"""
     tensorboard: bool = True
     """also write TensorBoard events"""
     wandb: str | None = None
