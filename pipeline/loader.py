@@ -26,6 +26,7 @@ from patchmill.pipeline.decode.colour import jitter, jitter_factors
 from patchmill.pipeline.decode.cpu import CpuDecoder
 from patchmill.pipeline.decode.dali import DaliDecoder
 from patchmill.pipeline.decode.resident import ResidentDecoder
+from patchmill.pipeline.observe import NOBODY, Observer
 from patchmill.pipeline.plan.feed import StepPlan
 from patchmill.pipeline.plan.masks import MaskConfig, MaskPlan
 from patchmill.pipeline.plan.open_data import open_feeder
@@ -70,22 +71,26 @@ class BatchMaker:
                 yield batch, self.stream.record_event() if self.stream else None
 
     def _batch(self, plan: StepPlan, images: Tensor) -> Batch:
-        ids_B = self._to_device(torch.from_numpy(plan.sample_ids_B))
-        mask = MaskPlan.draw(
-            self.mask,
-            seed=self.feeder.seed,
-            epoch=plan.epoch,
-            sample_ids_B=ids_B,
-            grid_hw=self.grid_hw,
-            repeats_B=self._to_device(torch.from_numpy(plan.repeats_B)),
-        )
-        labels_B = self._to_device(torch.from_numpy(plan.labels_B))
-        images = self._to_device(images)
-        if self.colour_jitter:
-            factors_B3 = jitter_factors(
-                self.feeder.seed, plan.epoch, plan.sample_ids_B, plan.repeats_B, self.colour_jitter
+        span, rows = self.feeder.observer.span, len(plan.sample_ids_B)
+        with span("copy", rows):
+            columns = plan.sample_ids_B, plan.repeats_B, plan.labels_B
+            ids_B, repeats_B, labels_B = (self._to_device(torch.from_numpy(column)) for column in columns)
+            images = self._to_device(images)
+        with span("masks", rows):
+            mask = MaskPlan.draw(
+                self.mask,
+                seed=self.feeder.seed,
+                epoch=plan.epoch,
+                sample_ids_B=ids_B,
+                grid_hw=self.grid_hw,
+                repeats_B=repeats_B,
             )
-            images = jitter(images, self._to_device(torch.from_numpy(factors_B3)))
+        if self.colour_jitter:
+            with span("colour", rows):
+                factors_B3 = jitter_factors(
+                    self.feeder.seed, plan.epoch, plan.sample_ids_B, plan.repeats_B, self.colour_jitter
+                )
+                images = jitter(images, self._to_device(torch.from_numpy(factors_B3)))
         return Batch(images, mask, labels_B, ids_B, plan.epoch, plan.step)
 
     def _to_device(self, tensor: Tensor) -> Tensor:
@@ -128,10 +133,13 @@ class Loader:
     def __next__(self) -> Batch:
         if self._prefetcher is None:
             self._prefetcher = Prefetcher(self.maker.batches(*self._next), self.config.prefetch_batches)
+        observer = self.maker.feeder.observer
+        observer.queue(len(self._prefetcher))
         start = time.perf_counter()
-        batch, ready = self._prefetcher.get(self.config.timeout_seconds)
-        if ready is not None:
-            _hand_over(batch, ready)
+        with observer.span("wait", self.maker.feeder.local_batch):
+            batch, ready = self._prefetcher.get(self.config.timeout_seconds)
+            if ready is not None:
+                _hand_over(batch, ready)
         self.wait_seconds += time.perf_counter() - start
         self.seek(batch.epoch, batch.step + 1, keep_running=True)
         return batch
@@ -210,6 +218,7 @@ def build_loader(
     device: torch.device | str = "cpu",
     start_epoch: int = 0,
     start_step: int = 0,
+    observer: Observer = NOBODY,
 ) -> Loader:
     """Opens the data and builds the stages.
 
@@ -224,6 +233,7 @@ def build_loader(
         rank, world_size: this process among those that train together.
         device: where batches are to lie.
         start_epoch, start_step: the first batch; as `load_state_dict`, without its checks.
+        observer: sees the stages at work; see observe.py.
 
     Raises:
         ValueError, FileNotFoundError: what is wrong, and how to mend it.
@@ -239,6 +249,7 @@ def build_loader(
         global_batch=global_batch,
         rank=rank,
         world_size=world_size,
+        observer=observer,
     )
     make_decoder = functools.partial(_decoder, config, feeder, channels, device)
     maker = BatchMaker(feeder, make_decoder, mask, (height, width), patch_size, device, config.colour_jitter)

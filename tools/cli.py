@@ -39,7 +39,7 @@ COMMANDS = {
 }
 
 # no file may be called import.py or profile.py; a file of another name is told which command is meant
-ELSEWHERE = {"export": "interchange", "import": "interchange", "profile": "profiling"}
+ELSEWHERE = {"export": "interchange", "import": "interchange", "profile": "profile_"}
 
 
 def usage() -> str:

@@ -14,6 +14,7 @@ import torch
 
 from patchmill.pipeline.batch import Batch
 from patchmill.pipeline.loader import Loader
+from patchmill.pipeline.observe import NOBODY, Observer
 from patchmill.trainer.checkpoints.save import Saver
 from patchmill.trainer.config.pretrain import PretrainConfig
 from patchmill.trainer.config.size_schedule import first_steps, size_at
@@ -63,14 +64,24 @@ class Loop:
     """The updates of one run."""
 
     def __init__(
-        self, config: PretrainConfig, world: World, trainee: Trainee, loader: Loader, total_steps: int
+        self,
+        config: PretrainConfig,
+        world: World,
+        trainee: Trainee,
+        loader: Loader,
+        total_steps: int,
+        observer: Observer = NOBODY,
     ) -> None:
         """Checks what the run will need on its way.
+
+        Args:
+            observer: sees updates, metrics, evaluations and checkpoints.
 
         Raises:
             ValueError, FileNotFoundError: data of the evaluation, or a schedule of sizes, that cannot be used.
         """
         self.config, self.world, self.trainee, self.loader = config, world, trainee, loader
+        self.observer = observer
         self.total_steps, self.per_epoch = total_steps, loader.steps_per_epoch
         self.online = OnlineEvaluation(config.eval, config.data, world) if config.eval.every_epochs else None
         self.phases = first_steps(config.train.size_schedule, self.per_epoch, total_steps)
@@ -84,7 +95,7 @@ class Loop:
 
     def run(self, start: int, metrics: Metrics, stop: list[str], on_progress: Callable[[Progress], None]) -> int:
         """Trains on from `start` updates. Returns updates done: total_steps, or less when a signal came into `stop`."""
-        train, trainee, loader = self.config.train, self.trainee, self.loader
+        train, trainee, loader, span = self.config.train, self.trainee, self.loader, self.observer.span
         saver, vote = Saver(Path(self.config.out), train, self.world), StopVote(self.world)
         metrics.start(loader.wait_seconds)
         step, ending = start, start == self.total_steps
@@ -94,7 +105,8 @@ class Loop:
                 self._take_size(size_at(self.phases, step), metrics)
             batch = next(loader)
             set_learning_rate(trainee.optimizer, self.rate(step))
-            values = trainee.update(batch)
+            with span("update", len(batch.images)):
+                values = trainee.update(batch)
             metrics.add(step + 1, (step + 1) / self.per_epoch, self.rate(step), values, batch.sample_ids)
             step += 1
             stopped = step < self.total_steps and vote.cast(bool(stop))
@@ -103,10 +115,12 @@ class Loop:
             if ending or any(due) or step % train.log_every_steps == 0:
                 self._flush(metrics)
             if any(due):  # before the checkpoint, which then stands for it too
-                self._look(due, step, batch, metrics)
+                with span("evaluate", len(batch.images)):
+                    self._look(due, step, batch, metrics)
             if ending or step % train.save_every_steps == 0:
                 state = {"loader": loader.state_dict()}
-                saver.save(step, trainee.model, trainee.optimizer, trainee.guard, state)
+                with span("save", len(batch.images)):
+                    saver.save(step, trainee.model, trainee.optimizer, trainee.guard, state)
             on_progress(Progress(step, self.total_steps, metrics.latest, metrics.latest_evaluation))
         vote.close()
         saver.finish()
@@ -134,10 +148,11 @@ class Loop:
         metrics.start(self.loader.wait_seconds)
 
     def _flush(self, metrics: Metrics) -> None:
-        watched = mask_token_norm(self.trainee.model)
-        if self.phases:
-            watched["image_size"] = torch.tensor(self.trainee.model.input_hw[0])
-        metrics.flush(self.loader.wait_seconds, **watched)
+        with self.observer.span("metrics", self.config.train.global_batch // self.world.size):
+            watched = mask_token_norm(self.trainee.model)
+            if self.phases:
+                watched["image_size"] = torch.tensor(self.trainee.model.input_hw[0])
+            metrics.flush(self.loader.wait_seconds, **watched)
         _check_skipped(metrics, self.config.train.max_skipped_steps)
 
     def _take_size(self, size: int, metrics: Metrics) -> None:

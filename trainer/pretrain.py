@@ -15,6 +15,7 @@ import torch
 
 from patchmill.pipeline.batch import Batch
 from patchmill.pipeline.loader import Loader, build_loader
+from patchmill.pipeline.observe import NOBODY, Observer
 from patchmill.trainer.checkpoints import checkpoint
 from patchmill.trainer.checkpoints.warm_start import begin_from
 from patchmill.trainer.config.pretrain import PretrainConfig
@@ -50,9 +51,14 @@ class Summary(NamedTuple):
     evaluation: dict[str, float]
 
 
-def pretrain(config: PretrainConfig, on_progress: Callable[[Progress], None] = lambda progress: None) -> Summary:
+def pretrain(
+    config: PretrainConfig,
+    on_progress: Callable[[Progress], None] = lambda progress: None,
+    observer: Observer = NOBODY,
+) -> Summary:
     """Pretrains as the config says and returns how it ended.
 
+    `observer` sees the stages of loader and loop at work (pipeline/observe.py).
     SIGINT, SIGTERM and SIGUSR1 finish the current update, write a checkpoint and end the run in order.
 
     Raises:
@@ -63,12 +69,12 @@ def pretrain(config: PretrainConfig, on_progress: Callable[[Progress], None] = l
     with (
         stop_on_signals() as stop,
         joined_world(config.device, config.train.rank_timeout_seconds) as world,
-        open_loader(config, world) as loader,
+        open_loader(config, world, observer) as loader,
     ):
         world.require_same(loader.fingerprint, "give every rank the same data and options")
         total_steps, run = config.train.steps(loader.steps_per_epoch), Path(config.out)
-        trainee = build_trainee(config, world)
-        loop = Loop(config, world, trainee, loader, total_steps)
+        trainee = build_trainee(config, world, observer)
+        loop = Loop(config, world, trainee, loader, total_steps, observer)
         start, resumed_from, damaged = _resume(config, world, trainee, loader)
         began_from = begin_from(trainee.model, config.init) if config.init and resumed_from is None else None
         if start > total_steps:
@@ -105,7 +111,7 @@ def pretrain(config: PretrainConfig, on_progress: Callable[[Progress], None] = l
         )
 
 
-def open_loader(config: PretrainConfig, world: World) -> Loader:
+def open_loader(config: PretrainConfig, world: World, observer: Observer = NOBODY) -> Loader:
     """The loader of a run, of this rank. Raises ValueError and OSError as build_loader does."""
     parts = world.size * config.train.accum_steps
     if config.train.global_batch % parts:
@@ -125,10 +131,11 @@ def open_loader(config: PretrainConfig, world: World) -> Loader:
         rank=world.rank,
         world_size=world.size,
         device=world.device,
+        observer=observer,
     )
 
 
-def build_trainee(config: PretrainConfig, world: World) -> Trainee:
+def build_trainee(config: PretrainConfig, world: World, observer: Observer = NOBODY) -> Trainee:
     """Model, optimizer and guard of a run as it begins, and its update."""
     train = config.train
     if train.deterministic:
@@ -149,6 +156,7 @@ def build_trainee(config: PretrainConfig, world: World) -> Trainee:
         accum_steps=train.accum_steps,
         autocast=autocast,
         clip_grad=config.optim.clip_grad,
+        observer=observer,
     )
     if train.cuda_graph:
         if world.size > 1 or world.device.type != "cuda" or not isinstance(optimizer, torch.optim.AdamW):

@@ -76,14 +76,18 @@ class CpuDecoder:
 
     def _decode(self, plan: StepPlan, images_BHWC: Tensor, lo: int) -> None:
         """Reads, decodes, crops and resizes slots `lo` to `lo + CHUNK` of a batch into their rows."""
-        channels, repeats = self.shape[3], self.feeder.repeats
+        channels, repeats, span = self.shape[3], self.feeder.repeats, self.feeder.observer.span
         hi = min(lo + CHUNK, self.feeder.local_slots)
-        for slot, data in enumerate(self.feeder.fetch(plan, lo, hi), start=lo):
-            image = self.feeder.decoded(plan, slot, data, lambda data, size: decode_image(data, channels, size))
-            for row in range(slot * repeats, (slot + 1) * repeats):
-                self._resize(image, plan.windows_B4[row].tolist(), bool(plan.flips_B[row]), images_BHWC[row])
+        with span("chunk", hi - lo):
+            for slot, data in enumerate(self.feeder.fetch(plan, lo, hi), start=lo):
+                with span("decode", 1):
+                    image = self.feeder.decoded(plan, slot, data, lambda data, size: decode_image(data, channels, size))
+                for row in range(slot * repeats, (slot + 1) * repeats):
+                    with span("resize", 1):
+                        self.cut(image, plan.windows_B4[row].tolist(), bool(plan.flips_B[row]), images_BHWC[row])
 
-    def _resize(self, image: ImageHWC, window: list[int], flip: bool, out_HWC: Tensor) -> None:
+    def cut(self, image: ImageHWC, window: list[int], flip: bool, out_HWC: Tensor) -> None:
+        """Resizes a window (top, left, height, width) of an image to fill `out_HWC`, and mirrors it where asked."""
         top, left, height, width = window
         # Permuted from NHWC with a batch axis, both sides look channels-last to torch: its fast path, without a copy.
         crop = image[None, top : top + height, left : left + width].transpose(0, 3, 1, 2)

@@ -62,6 +62,7 @@ class DaliDecoder:
         self.workers = workers
         self.batches_ahead = batches_ahead
         self.device = device
+        self.hardware_share = HARDWARE_SHARE
 
     def batches(self, epoch: int, step: int) -> Iterator[tuple[StepPlan, Tensor]]:
         """Yields plans and their images (uint8 `[B, H, W, C]`, on the current stream) from a step on."""
@@ -72,7 +73,8 @@ class DaliDecoder:
                 pipeline = self._build(source)
                 while True:
                     try:
-                        outputs = pipeline.run(self._stream())
+                        with self.feeder.observer.span("decode", self.feeder.local_batch):
+                            outputs = pipeline.run(self._stream())
                     except RuntimeError:  # an image that DALI rejects: this batch once more, decoded on the host
                         if not source.delivered or on_host == source.delivered[0].place:
                             raise
@@ -98,7 +100,7 @@ class DaliDecoder:
             ) from None
         on_gpu = self.device.type == "cuda"
         interpolation = {"bicubic": types.INTERP_CUBIC, "bilinear": types.INTERP_TRIANGULAR}[self.interpolation]
-        kind = {"device": "mixed", "hw_decoder_load": HARDWARE_SHARE} if on_gpu else {"device": "cpu"}
+        kind = {"device": "mixed", "hw_decoder_load": self.hardware_share} if on_gpu else {"device": "cpu"}
         kind["output_type"] = types.GRAY if self.channels == 1 else types.RGB
 
         def finish(images: Any, flips: Any) -> Any:

@@ -62,7 +62,9 @@ class ResidentDecoder:
             self.images_NHCW = self._read_all()
         for plan in self.feeder.plans(epoch, step):
             self._replace_bad(plan)
-            yield plan, self._cut(self.images_NHCW, plan)
+            with self.feeder.observer.span("decode", len(plan.sample_ids_B)):
+                images = self._cut(self.images_NHCW, plan)
+            yield plan, images
 
     def _read_all(self) -> Tensor:
         height, width = self.size_hw

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from patchmill.kernels.philox import STREAM_REPLACE, draw_numpy
+from patchmill.pipeline.observe import NOBODY, Observer
 from patchmill.pipeline.plan.draws import crop_windows, flips, framed_windows
 from patchmill.pipeline.plan.order import Order, WindowOrder
 from patchmill.pipeline.read.quarantine import Quarantine
@@ -119,6 +120,7 @@ class Feeder:
         seed, global_batch, rank, world_size, repeats: as for the loader.
         fill_last: whether the last, partial batch of an epoch is completed or dropped.
         want: told which shards will be read soon (remote data).
+        observer: sees planning and reading, and what the decoders do.
     """
 
     def __init__(
@@ -135,7 +137,9 @@ class Feeder:
         repeats: int,
         fill_last: bool,
         want: Callable[[list[int]], None] | None = None,
+        observer: Observer = NOBODY,
     ) -> None:
+        self.observer = observer
         self.store, self.order, self.crop, self.quarantine = store, order, crop, quarantine
         self.seed, self.global_batch, self.rank, self.repeats = seed, global_batch, rank, repeats
         self.local_batch = global_batch // world_size
@@ -149,7 +153,9 @@ class Feeder:
         while True:
             if step >= self.steps_per_epoch:
                 epoch, step = epoch + 1, 0
-            yield self.plan(epoch, step)
+            with self.observer.span("plan", self.local_batch):
+                plan = self.plan(epoch, step)
+            yield plan
             step += 1
 
     def plan(self, epoch: int, step: int) -> StepPlan:
@@ -178,11 +184,12 @@ class Feeder:
 
     def fetch(self, plan: StepPlan, lo: int, hi: int) -> list[bytes]:
         """Bytes of slots `lo` to `hi`; where a sample is bad, those of its replacement, which the plan then names."""
-        found = self.store.read(plan.sample_ids_B[lo * self.repeats : hi * self.repeats : self.repeats])
-        return [
-            self._replacement(plan, slot, data) if isinstance(data, BadSample) else data
-            for slot, data in enumerate(found, start=lo)
-        ]
+        with self.observer.span("read", hi - lo):
+            found = self.store.read(plan.sample_ids_B[lo * self.repeats : hi * self.repeats : self.repeats])
+            return [
+                self._replacement(plan, slot, data) if isinstance(data, BadSample) else data
+                for slot, data in enumerate(found, start=lo)
+            ]
 
     def decoded(
         self, plan: StepPlan, slot: int, data: bytes, decode: Callable[[bytes, tuple[int, int]], Decoded]

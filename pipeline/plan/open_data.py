@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from patchmill.pipeline.config import DataConfig
+from patchmill.pipeline.observe import Observer
 from patchmill.pipeline.plan.feed import CropConfig, Feeder, SampleStore
 from patchmill.pipeline.plan.order import EpochOrder, Order, SequentialOrder, WindowOrder
 from patchmill.pipeline.plan.stream import AnyFeeder, StreamFeeder, count_samples
@@ -24,7 +25,15 @@ GIB = 1 << 30
 
 
 def open_feeder(
-    config: DataConfig, *, aspect: float, channels: int, seed: int, global_batch: int, rank: int, world_size: int
+    config: DataConfig,
+    *,
+    aspect: float,
+    channels: int,
+    seed: int,
+    global_batch: int,
+    rank: int,
+    world_size: int,
+    observer: Observer,
 ) -> tuple[AnyFeeder, dict[str, Any]]:
     """Opens the data.
 
@@ -46,8 +55,8 @@ def open_feeder(
     place = {"seed": seed, "global_batch": global_batch, "repeats": config.repeats}
     ranks = {"rank": rank, "world_size": world_size}
     if config.path.startswith("pipe:") or redact(config.path).endswith(".tar"):
-        return _open_stream(config, crop, channels, place, ranks)
-    store, shards, cache = _open_store(config)
+        return _open_stream(config, crop, channels, place, ranks, observer)
+    store, shards, cache = _open_store(config, observer)
     if channels != store.channels and not {channels, store.channels} <= {1, 3, 4}:
         raise ValueError(f"{redact(config.path)} holds images of {store.channels} channels; the model takes {channels}")
     if config.last_batch == "drop" and store.num_samples * config.repeats < global_batch:
@@ -68,6 +77,7 @@ def open_feeder(
         **ranks,
         fill_last=config.last_batch == "fill",
         want=cache.want if cache else None,
+        observer=observer,
     )
     fingerprint = {
         "dataset": store.fingerprint,
@@ -79,22 +89,27 @@ def open_feeder(
     return feeder, fingerprint
 
 
-def _open_store(config: DataConfig) -> tuple[SampleStore, list[int], ShardCache | None]:
+def _open_store(config: DataConfig, observer: Observer) -> tuple[SampleStore, list[int], ShardCache | None]:
     """(store, samples of each shard, cache of a remote dataset)."""
     if is_url(config.path):
         folder = Path(config.cache_dir or "~/.cache/patchmill").expanduser()
         dataset, cache = open_remote_dataset(config.path, folder, int(config.cache_limit_gib * GIB))
-        reader = ShardReader(dataset, cache)
+        reader = ShardReader(dataset, cache, observer)
         return reader, reader.shard_samples, cache
     if config.path.endswith(".beton"):
         beton = BetonReader(Path(config.path))
         return beton, [beton.num_samples], None
-    reader = ShardReader(open_dataset(config.path))
+    reader = ShardReader(open_dataset(config.path), observer=observer)
     return reader, reader.shard_samples, None
 
 
 def _open_stream(
-    config: DataConfig, crop: CropConfig, channels: int, place: dict[str, int], ranks: dict[str, int]
+    config: DataConfig,
+    crop: CropConfig,
+    channels: int,
+    place: dict[str, int],
+    ranks: dict[str, int],
+    observer: Observer,
 ) -> tuple[StreamFeeder, dict[str, Any]]:
     urls = expand_braces(config.path)
     if any(url.startswith("pipe:") for url in urls) and not config.allow_pipe:
@@ -112,6 +127,7 @@ def _open_stream(
         shuffle_buffer=1 if config.shuffle == "none" else config.shuffle_buffer,
         shuffle_shards=config.shuffle != "none",
         timeout_seconds=config.timeout_seconds,
+        observer=observer,
     )
     names = "\n".join(redact(url) for url in urls)
     fingerprint = {

@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from patchmill.kernels.philox import STREAM_ORDER, STREAM_REPLACE, draw_numpy
+from patchmill.pipeline.observe import NOBODY, Observer
 from patchmill.pipeline.plan.feed import CropConfig, Decoded, Feeder, StepPlan
 from patchmill.pipeline.plan.order import EpochOrder
 from patchmill.pipeline.read.connection import open_stream
@@ -77,7 +78,9 @@ class StreamFeeder:
         shuffle_buffer: int,
         shuffle_shards: bool,
         timeout_seconds: float,
+        observer: Observer = NOBODY,
     ) -> None:
+        self.observer = observer
         if world_size > len(urls):
             raise ValueError(
                 f"{len(urls)} shards cannot be shared by {world_size} ranks: each rank needs one of its own"
@@ -112,13 +115,16 @@ class StreamFeeder:
                 if used:
                     log.warning("read past %d samples to reach step %d of epoch %d", used, step, epoch)
                 for now in range(step, self.steps_per_epoch):
-                    yield self._plan(epoch, now, list(islice(samples, self.local_slots)))
+                    with self.observer.span("plan", self.local_batch):
+                        plan = self._plan(epoch, now, list(islice(samples, self.local_slots)))
+                    yield plan
             step = self.steps_per_epoch
 
     def fetch(self, plan: StepPlan, lo: int, hi: int) -> list[bytes]:
         """Bytes of slots `lo` to `hi`."""
         assert isinstance(plan, StreamPlan)
-        return [sample.data for sample in plan.samples_U[lo:hi]]
+        with self.observer.span("read", hi - lo):
+            return [sample.data for sample in plan.samples_U[lo:hi]]
 
     def decoded(
         self, plan: StepPlan, slot: int, data: bytes, decode: Callable[[bytes, tuple[int, int]], Decoded]

@@ -17,6 +17,7 @@ from io import FileIO
 import numpy as np
 from numpy.typing import NDArray
 
+from patchmill.pipeline.observe import NOBODY, Observer
 from patchmill.pipeline.read.manifest import Dataset, ImageFormat
 from patchmill.pipeline.read.remote import ShardCache
 
@@ -39,9 +40,11 @@ class ShardReader:
     Args:
         dataset: an opened dataset.
         cache: fetches the shards of a remote dataset; without it they lie in the dataset's folder.
+        observer: sees the checks.
     """
 
-    def __init__(self, dataset: Dataset, cache: ShardCache | None = None) -> None:
+    def __init__(self, dataset: Dataset, cache: ShardCache | None = None, observer: Observer = NOBODY) -> None:
+        self.observer = observer
         self.samples = dataset.samples
         self.num_samples = dataset.manifest.num_samples
         self.shard_names = [shard.name for shard in dataset.manifest.shards]
@@ -89,7 +92,8 @@ class ShardReader:
             data = self._pread(shard, size, offset)
         except OSError as error:
             return BadSample(index, self.where(index), f"cannot be read: {error.strerror or error}")
-        reason = fault(data, size, crc32, image_format)
+        with self.observer.span("check", 1):
+            reason = fault(data, size, crc32, image_format)
         return BadSample(index, self.where(index), reason) if reason else data
 
     def _pread(self, shard: int, size: int, offset: int) -> bytes:

@@ -97,6 +97,10 @@ class Prefetcher:
                 raise item
             return item
 
+    def __len__(self) -> int:
+        """Items that are ready."""
+        return self._queue.qsize()
+
     def close(self) -> None:
         """Ends the thread and waits for it."""
         self._finalizer()

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from patchmill.pipeline.batch import Batch
+from patchmill.pipeline.observe import NOBODY, Observer
 from patchmill.pipeline.plan.masks import MaskPlan
 from patchmill.trainer.engine.world import World
 
@@ -81,6 +82,7 @@ def update(
     accum_steps: int = 1,
     autocast: torch.dtype | None = None,
     clip_grad: float | None = None,
+    observer: Observer = NOBODY,
 ) -> StepValues:
     """Updates the weights once, with the optimizer's current learning rate.
 
@@ -96,7 +98,10 @@ def update(
     parts = micro_batches(batch, accum_steps)
     for number, (images, plan) in enumerate(parts, 1):
         _reduce_gradients(model, last=number == len(parts))
-        with torch.autocast(batch.images.device.type, dtype=autocast, enabled=autocast is not None):
+        with (
+            observer.span("forward", len(images)),
+            torch.autocast(batch.images.device.type, dtype=autocast, enabled=autocast is not None),
+        ):
             output = model(images, plan)
             part_loss = output.loss / accum_steps
         (part_loss * scale if guard.fp16 else part_loss).backward()
