@@ -91,6 +91,7 @@ def update(
         accum_steps: micro-batches per update.
         autocast: dtype of matrix products; None for fp32.
         clip_grad: largest gradient norm; None for no clipping.
+        observer: sees the forward passes.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     scale = guard.state["loss_scale"]
