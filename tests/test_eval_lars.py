@@ -40,3 +40,19 @@ def test_a_zero_weight_takes_its_gradient_as_it_is():
     weight = parameter([[0.0, 0.0]], [[1.0, -2.0]])
     Lars([weight], lr=0.5).step()
     assert weight.tolist() == [[-0.5, 1.0]]
+
+
+@pytest.mark.parametrize("skipped", [0.0, 1.0])
+def test_a_skipped_update_changes_neither_weights_nor_momentum(skipped):
+    weight, plain = parameter([[3.0, 4.0]], [[0.0, 2.0]]), parameter([[3.0, 4.0]], [[0.0, 2.0]])
+    optimizer, expected = Lars([weight], lr=0.1), Lars([plain], lr=0.1)
+    for each in (optimizer, expected):
+        each.step()
+    weight.grad = torch.full_like(weight, float("nan") if skipped else 1.0)
+    plain.grad = torch.ones_like(plain)
+    optimizer.found_inf = torch.tensor(skipped)
+    optimizer.step()
+    if not skipped:
+        expected.step()
+    assert torch.equal(weight, plain)
+    assert torch.equal(optimizer.state[weight]["mu"], expected.state[plain]["mu"])

@@ -156,7 +156,7 @@ def test_a_finished_classifier_can_be_loaded(setup, whole):
     assert all(torch.equal(value, tensors[name]) for name, value in model.state_dict().items())
     with pytest.raises(ValueError, match="no classifier"):
         load_classifier(setup / "train")
-    with pytest.raises(ValueError, match="no classifier of ours"):
+    with pytest.raises(ValueError, match="not a Patchmill classifier"):
         load_classifier(setup / "encoder.safetensors")
 
 

@@ -4,6 +4,8 @@ The guard checks on the device whether loss and gradient, averaged over ranks, a
 they are not, the fused optimizer leaves weights and moments unchanged. The host finds out at the next log step.
 """
 
+import dataclasses
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -36,6 +38,20 @@ class StepValues(NamedTuple):
     """mean over this rank's images; shows which rank had a loss that is not finite"""
     uniformity: Tensor
     """U-MAE's term over the images of all ranks, averaged over micro-batches; 0 for a model without it"""
+
+
+class PartLoss(NamedTuple):
+    """The loss of a micro-batch, for models whose output does not hold one."""
+
+    loss: Tensor
+    """mean over the images of the micro-batch"""
+    uniformity: Tensor | None = None
+
+
+def masked_loss(model: nn.Module, part: Batch, number: int) -> Any:
+    """Runs a masked autoencoder on a micro-batch; its output has `loss`, and `uniformity` or None."""
+    del number
+    return model(part.images, part.plan)
 
 
 class Guard:
@@ -82,6 +98,7 @@ def update(
     accum_steps: int = 1,
     autocast: torch.dtype | None = None,
     clip_grad: float | None = None,
+    loss: Callable[[nn.Module, Batch, int], Any] = masked_loss,
     observer: Observer = NOBODY,
 ) -> StepValues:
     """Updates the weights once, with the optimizer's current learning rate.
@@ -91,19 +108,20 @@ def update(
         accum_steps: micro-batches per update.
         autocast: dtype of matrix products; None for fp32.
         clip_grad: largest gradient norm; None for no clipping.
+        loss: maps the model, a micro-batch and its number, from 0, to a `PartLoss` or a model's own output.
         observer: sees the forward passes.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     scale = guard.state["loss_scale"]
     own_loss, uniformity = (torch.zeros((), device=batch.images.device) for _ in range(2))
     parts = micro_batches(batch, accum_steps)
-    for number, (images, plan) in enumerate(parts, 1):
-        _reduce_gradients(model, last=number == len(parts))
+    for number, part in enumerate(parts):
+        _reduce_gradients(model, last=number == len(parts) - 1)
         with (
-            observer.span("forward", len(images)),
+            observer.span("forward", len(part.images)),
             torch.autocast(batch.images.device.type, dtype=autocast, enabled=autocast is not None),
         ):
-            output = model(images, plan)
+            output = loss(model, part, number)
             part_loss = output.loss / accum_steps
         (part_loss * scale if guard.fp16 else part_loss).backward()
         own_loss += part_loss.detach()
@@ -113,12 +131,12 @@ def update(
     if guard.fp16:
         torch._foreach_mul_(gradients, 1 / scale)
     own_norm = whole(torch.nn.utils.get_total_norm(gradients))
-    loss, grad_norm = world.mean(torch.stack([own_loss, own_norm]))
+    mean_loss, grad_norm = world.mean(torch.stack([own_loss, own_norm]))
     if clip_grad is not None:
         torch.nn.utils.clip_grads_with_norm_(parameters, clip_grad, grad_norm)
-    skipped = guard.skip(loss, grad_norm)
+    skipped = guard.skip(mean_loss, grad_norm)
     _apply(optimizer, skipped)
-    return StepValues(loss, grad_norm, skipped, own_loss, uniformity)
+    return StepValues(mean_loss, grad_norm, skipped, own_loss, uniformity)
 
 
 def whole(tensor: Any) -> Tensor:
@@ -127,16 +145,17 @@ def whole(tensor: Any) -> Tensor:
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Sets the learning rate of all parameter groups."""
+    """Sets the learning rate of all parameter groups, times the group's `rate_scale` if it has one."""
     for group in optimizer.param_groups:
+        rate = lr * group.get("rate_scale", 1.0)
         if isinstance(group["lr"], Tensor):
-            group["lr"].fill_(lr)  # a CUDA graph reads it from the device
+            group["lr"].fill_(rate)  # a CUDA graph reads it from the device
         else:
-            group["lr"] = lr
+            group["lr"] = rate
 
 
 def _apply(optimizer: torch.optim.Optimizer, skipped: Tensor) -> None:
-    if isinstance(optimizer, torch.optim.AdamW):
+    if getattr(optimizer, "_step_supports_amp_scaling", False):  # torch's fused optimizers and evaluate/lars.py
         optimizer.grad_scale, optimizer.found_inf = None, skipped  # type: ignore[attr-defined]
         optimizer.step()
     elif not skipped.item():  # apex takes no flag on the device: only here the host waits
@@ -152,8 +171,12 @@ def _reduce_gradients(model: nn.Module, last: bool) -> None:
         model.set_requires_gradient_sync(last)  # type: ignore[operator]
 
 
-def micro_batches(batch: Batch, count: int) -> list[tuple[Tensor, MaskPlan]]:
-    """Splits a batch into `count` pairs of images and mask plan."""
+def micro_batches(batch: Batch, count: int) -> list[Batch]:
+    """Splits a batch into `count` equal parts."""
     plan = batch.plan
-    ids = zip(plan.ids_keep.chunk(count), plan.ids_mask.chunk(count), plan.ids_restore.chunk(count), strict=True)
-    return [(images, MaskPlan(*parts)) for images, parts in zip(batch.images.chunk(count), ids, strict=True)]
+    plans = zip(plan.ids_keep.chunk(count), plan.ids_mask.chunk(count), plan.ids_restore.chunk(count), strict=True)
+    parts = zip(batch.images.chunk(count), plans, batch.labels.chunk(count), batch.sample_ids.chunk(count), strict=True)
+    return [
+        dataclasses.replace(batch, images=images, plan=MaskPlan(*plan), labels=labels, sample_ids=ids)
+        for images, plan, labels, ids in parts
+    ]

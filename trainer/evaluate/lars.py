@@ -30,10 +30,12 @@ class Lars(torch.optim.Optimizer):
         trust: float = 0.001,
     ) -> None:
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "trust": trust})
+        self._step_supports_amp_scaling = True  # as torch's fused optimizers: `found_inf` skips a step on the device
+        self.found_inf: Tensor | None = None
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """One update of all parameters that have a gradient."""
+        """Updates all parameters that have a gradient; changes nothing where `found_inf` is not 0."""
         assert closure is None
         for group in self.param_groups:
             for parameter in group["params"]:
@@ -50,5 +52,7 @@ class Lars(torch.optim.Optimizer):
         state = self.state[parameter]
         if "mu" not in state:
             state["mu"] = torch.zeros_like(parameter)
-        state["mu"].mul_(group["momentum"]).add_(direction)
-        parameter.add_(state["mu"], alpha=-group["lr"])
+        mu = state["mu"].mul(group["momentum"]).add_(direction)
+        moved = parameter.add(mu, alpha=-group["lr"])
+        for held, new in ((state["mu"], mu), (parameter, moved)):
+            held.copy_(new if self.found_inf is None else torch.where(self.found_inf > 0, held, new))

@@ -19,10 +19,10 @@ from patchmill.trainer.config.toml import to_toml
 from patchmill.trainer.draw.charts import write_confusion, write_curve
 from patchmill.trainer.engine.world import World
 from patchmill.trainer.evaluate.encoder_source import Subject
-from patchmill.trainer.evaluate.fit import Fitted, fixed_options
+from patchmill.trainer.evaluate.fit import Fitted
 from patchmill.trainer.evaluate.labelled import Labelled
 from patchmill.trainer.evaluate.scores import Scores
-from patchmill.trainer.evaluate.state import STATE, Learning, save_classifier
+from patchmill.trainer.evaluate.state import STATE, Learning, changed_options, fixed_options, save_classifier
 
 RESULTS = "results.json"
 
@@ -60,8 +60,7 @@ def find_finished(run: Path, config: ProbeConfig | FinetuneConfig, subject: Subj
         return None
     results = json.loads((run / RESULTS).read_text(encoding="utf-8"))
     options = fixed_options(config) | {"encoder": subject.name}
-    was = results.get("options", {})
-    changed = [name for name in sorted({*was, *options}) if was.get(name) != options.get(name)]
+    changed = changed_options(results.get("options", {}), options)
     if changed or config.resume == "never":
         why = f"another {', '.join(changed)}" if changed else "--resume never"
         raise ValueError(f"{run} holds a finished run and this one has {why}; give another --out")

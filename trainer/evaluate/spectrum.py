@@ -66,5 +66,5 @@ def batch_features(model: nn.Module, batch: Batch, parts: int, world: World) -> 
         model: the bare model; its forward pass is called, so that sharded weights are gathered.
         parts: how many passes this rank's images are split into.
     """
-    cls_BD = torch.cat([model(images, plan).latent[:, 0].float() for images, plan in micro_batches(batch, parts)])
+    cls_BD = torch.cat([model(part.images, part.plan).latent[:, 0].float() for part in micro_batches(batch, parts)])
     return torch.cat(world.gather(cls_BD))

@@ -1,9 +1,10 @@
-"""fit <-> [state.safetensors] -> exact resume: what has been learnt so far, in one file that is whole or absent.
+"""Saves and restores a fit that is under way, and writes the finished classifier.
 
-Only what learns is kept (for a probe the head), with the optimizer's state, the moving average and, in the header, the
-step, the history and the options. What is frozen is read from the checkpoint again.
+The state holds only what learns (for a probe, the head), the optimizer's state and the moving average. Its header holds
+the step, the history and the options. Frozen weights are read from the checkpoint again.
 """
 
+import dataclasses
 import json
 import os
 from pathlib import Path
@@ -14,10 +15,21 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from patchmill.pipeline.atomic import whole_file
+from patchmill.trainer.config.evaluate import FinetuneConfig, ProbeConfig
 from patchmill.trainer.evaluate.classifier import Classifier
 
 STATE = "state.safetensors"
 FINISHED = "classifier.safetensors"
+
+FREE_OPTIONS = {
+    *("out", "device", "resume", "test", "subject.checkpoint", "fit.test_every_epochs", "fit.save_every_steps"),
+    *(f"data.{name}" for name in ("path", "decoder", "workers", "prefetch_batches", "quarantine_path")),
+    *(f"data.{name}" for name in ("timeout_seconds", "cache_dir", "cache_limit_gib")),
+    # earlier versions saved these, and neither probe nor finetune ever obeyed them
+    *(f"data.{name}" for name in ("repeats", "samples_per_epoch", "shuffle_buffer", "allow_pipe")),
+}
+"""options that a run may change when it goes on: paths, devices, and what only reports"""
 
 
 class Learning(NamedTuple):
@@ -29,8 +41,26 @@ class Learning(NamedTuple):
     """moving average of the learning parameters by name; empty when none is kept"""
 
 
+def fixed_options(config: ProbeConfig | FinetuneConfig) -> dict[str, Any]:
+    """The options that shape the weights (all but FREE_OPTIONS), flat and ready for JSON."""
+
+    def flat(value: Any, name: str) -> dict[str, Any]:
+        if name in FREE_OPTIONS:
+            return {}
+        if isinstance(value, dict):
+            return {k: v for key, each in value.items() for k, v in flat(each, f"{name}.{key}".lstrip(".")).items()}
+        return {name: value}
+
+    return json.loads(json.dumps(flat(dataclasses.asdict(config), "")))
+
+
+def changed_options(was: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """Names of the options that differ between a saved run and this one, sorted; FREE_OPTIONS may differ."""
+    return [name for name in sorted({*was, *now} - FREE_OPTIONS) if was.get(name) != now.get(name)]
+
+
 def save_state(run: Path, learning: Learning, about: dict[str, Any]) -> None:
-    """Writes the state beside and renames it. `about` is JSON: step, history, options.
+    """Writes the state atomically. `about` is JSON: step, history, options.
 
     Raises:
         OSError: the disk is full or the folder cannot be written.
@@ -44,10 +74,10 @@ def save_state(run: Path, learning: Learning, about: dict[str, Any]) -> None:
 
 
 def load_state(run: Path, learning: Learning, options: dict[str, Any]) -> dict[str, Any] | None:
-    """Puts the saved state into place and returns its `about`; None when there is none.
+    """Restores the saved state in place and returns its `about`; None when there is none.
 
     Raises:
-        ValueError: the state is damaged, or was made with other options; the message names them.
+        ValueError: the state is damaged, or was saved with other options; the message names them.
     """
     path = run / STATE
     if not path.exists():
@@ -56,31 +86,20 @@ def load_state(run: Path, learning: Learning, options: dict[str, Any]) -> dict[s
         with safe_open(path, framework="pt") as file:
             about = json.loads((file.metadata() or {})["about"])
         tensors = load_file(path)
-        changed = [
-            f"{name} was {about['options'].get(name)}, is {options.get(name)}"
-            for name in sorted({*about["options"], *options})
-            if about["options"].get(name) != options.get(name)
-        ]
+        was = about["options"]
+        changed = [f"{name} was {was.get(name)}, is {options.get(name)}" for name in changed_options(was, options)]
         if changed:
             raise ValueError(
-                f"{run} holds a run of other options ({'; '.join(changed)}); give these again, or another --out"
+                f"{run} holds a run with other options ({'; '.join(changed)}); give the same ones, or another --out"
             )
-        for name, value in _learnt(learning.model).items():
-            value.copy_(tensors[f"model.{name}"])
-        for name, value in learning.average.items():
-            value.copy_(tensors[f"average.{name}"])
-        for name, parameter in _trained(learning.model):
-            parts = {each.split(".")[1] for each in tensors if each.startswith("optimizer.")}
-            learning.optimizer.state[parameter] = {
-                key: tensors[f"optimizer.{key}.{name}"].to(parameter.device) for key in sorted(parts)
-            }
+        _restore(learning, tensors)
     except (SafetensorError, KeyError, RuntimeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} cannot be used ({error}); remove it to start anew, or give another --out") from error
+        raise ValueError(f"{path} cannot be used ({error}); remove it to start again, or give another --out") from error
     return about
 
 
 def save_classifier(run: Path, model: Classifier, average: dict[str, Tensor], about: dict[str, Any]) -> Path:
-    """Writes classifier.safetensors in the published names: the average where one is kept. `about` goes to the header.
+    """Writes classifier.safetensors under the published names: the average where one is kept. `about` is its header.
 
     Raises:
         OSError: as `save_state`.
@@ -94,7 +113,7 @@ def read_classifier(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors and header of a classifier.safetensors, or of the run folder that holds one.
 
     Raises:
-        ValueError: it is not there, not whole or something else.
+        ValueError: the file is missing, damaged or something else.
     """
     file = path / FINISHED if path.is_dir() else path
     if not file.is_file():
@@ -104,9 +123,11 @@ def read_classifier(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             header = opened.metadata() or {}
         tensors = load_file(file)
     except SafetensorError as error:
-        raise ValueError(f"{file} is no safetensors file: {error}; give another") from error
+        raise ValueError(f"{file} is not a safetensors file: {error}; give another") from error
     if header.get("format") != "patchmill-classifier":
-        raise ValueError(f"{file} is no classifier of ours; give the folder of a `patchmill finetune` or `probe` run")
+        raise ValueError(
+            f"{file} is not a Patchmill classifier; give the folder of a `patchmill finetune` or `probe` run"
+        )
     return tensors, json.loads(header["about"])
 
 
@@ -120,13 +141,23 @@ def _learnt(model: Classifier) -> dict[str, Tensor]:
     return named | {name: value for name, value in model.state_dict().items() if name.startswith("head.0.")}
 
 
+def _restore(learning: Learning, tensors: dict[str, Tensor]) -> None:
+    for name, value in _learnt(learning.model).items():
+        value.copy_(tensors[f"model.{name}"])
+    for name, value in learning.average.items():
+        value.copy_(tensors[f"average.{name}"])
+    keys = sorted({name.split(".")[1] for name in tensors if name.startswith("optimizer.")})
+    for name, parameter in _trained(learning.model):
+        learning.optimizer.state[parameter] = {
+            key: tensors[f"optimizer.{key}.{name}"].to(parameter.device) for key in keys
+        }
+
+
 def _write(path: Path, tensors: dict[str, Tensor], header: dict[str, str]) -> None:
-    beside = path.with_name(f".{path.name}.tmp")
     try:
-        save_file({name: t.detach().contiguous() for name, t in tensors.items()}, beside, metadata=header)
-        with open(beside, "rb") as file:
-            os.fsync(file.fileno())
-        beside.rename(path)
+        with whole_file(path) as beside:
+            save_file({name: t.detach().contiguous() for name, t in tensors.items()}, beside, metadata=header)
+            with open(beside, "rb") as file:
+                os.fsync(file.fileno())
     except (SafetensorError, OSError) as error:
-        beside.unlink(missing_ok=True)
         raise OSError(f"cannot write {path}: {error}; free space or choose another --out") from error
