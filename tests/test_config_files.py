@@ -4,7 +4,6 @@ import dataclasses
 
 import pytest
 
-from patchmill.tools.pretrain import parse
 from patchmill.trainer.config.model import ModelConfig
 from patchmill.trainer.config.pretrain import PretrainConfig
 from patchmill.trainer.config.toml import from_toml, to_toml
@@ -85,7 +84,7 @@ def test_impossible_models_are_refused_with_the_option_s_name(options, named):
 
 def test_command_line_options_win_over_the_recipe():
     line = "--recipe mae-tiny --data.path d --out o --train.total-steps 7 --train.global-batch 8 --seed 5 --device cpu"
-    config = parse([*line.split(), "--data.decoder", "cpu", "--resume", "never", "--optim.blr", "1e-3"])
+    config = parse_pretrain([*line.split(), "--data.decoder", "cpu", "--resume", "never", "--optim.blr", "1e-3"])
     assert (config.train.total_steps, config.train.global_batch, config.seed) == (7, 8, 5)
     assert (config.data.path, config.out, config.resume, config.optim.blr) == ("d", "o", "never", 1e-3)
     assert config.model == get_recipe("mae-tiny").model
@@ -94,7 +93,7 @@ def test_command_line_options_win_over_the_recipe():
 def test_command_line_options_win_over_the_file(tmp_path):
     path = tmp_path / "config.toml"
     path.write_text(to_toml(with_options(get_recipe("mae-tiny"), data__path="d", out="o", seed=9)))
-    config = parse(["--config", str(path), "--train.accum-steps", "2"])
+    config = parse_pretrain(["--config", str(path), "--train.accum-steps", "2"])
     assert (config.seed, config.train.accum_steps, config.data.path) == (9, 2, "d")
 
 
@@ -109,4 +108,4 @@ def test_command_line_options_win_over_the_file(tmp_path):
 )
 def test_what_is_missing_is_named(line, named):
     with pytest.raises(ValueError, match=named):
-        parse(line.split())
+        parse_pretrain(line.split())

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from patchmill.pipeline.plan.masks import MaskPlan
-from patchmill.tools.model_card import Provenance, write_card
+from patchmill.tools.export import Provenance, write_card
 from patchmill.trainer.checkpoints.export import write_files
 from patchmill.trainer.checkpoints.infer import Hints
 from patchmill.trainer.checkpoints.interop import Checkpoint, build_encoder, read_checkpoint, resized

@@ -1,16 +1,12 @@
-"""[patchmill <command>] -> tools/<command>.py: one command line, one file per command.
+"""Runs `patchmill COMMAND`: one command line, one file of this folder per command.
 
-Users' mistakes end in one message on stderr and exit code 2; a traceback means a fault of ours.
+A user's mistake ends in one message on stderr and exit code 2; a traceback means a bug of ours.
 """
 
 import importlib
-import inspect
 import sys
-from typing import Any, TypeVar
 
 from patchmill import __version__
-
-Options = TypeVar("Options")
 
 COMMANDS = {
     "shard": "pack any collection of images into WebDataset shards with an index, a manifest and checksums",
@@ -38,8 +34,8 @@ COMMANDS = {
     "import": "turn a checkpoint of facebookresearch/mae, timm, transformers, detectron2 or mmseg into one of ours",
 }
 
-# no file may be called import.py or profile.py; a file of another name is told which command is meant
-ELSEWHERE = {"export": "interchange", "import": "interchange", "profile": "profile_"}
+# `import` is a keyword; a file profile.py, run by its path, would replace the standard library's module of that name
+UNDERSCORED = ("import", "profile")
 
 
 def usage() -> str:
@@ -57,25 +53,12 @@ def usage() -> str:
     )
 
 
-def parse(options: type[Options], command: str, argv: list[str], **more: Any) -> Options:
-    """The options of a command from its command line.
-
-    Args:
-        options: a dataclass; its docstring, example included (which tyro alone would leave out), opens --help.
-        more: for tyro.cli.
-    """
-    import tyro  # the list of commands does without
-
-    kind = tyro.conf.AvoidSubcommands[options]  # type: ignore[valid-type]
-    return tyro.cli(kind, prog=f"patchmill {command}", description=inspect.getdoc(options), args=argv, **more)
-
-
 def run(command: str, argv: list[str]) -> int:
     """Runs one command and returns its exit code; `ValueError` and `OSError` become one message and 2."""
-    name = ELSEWHERE.get(command, command.replace("-", "_"))
+    name = f"{command}_" if command in UNDERSCORED else command
     module = importlib.import_module(f"patchmill.tools.{name}")
     try:
-        return module.main([command, *argv] if command in ELSEWHERE else argv)
+        return module.main(argv)
     except (ValueError, OSError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -85,7 +68,7 @@ def run(command: str, argv: list[str]) -> int:
 
 
 def main() -> int:
-    """Entry point of the `patchmill` script."""
+    """Entry point of the `patchmill` script and of `python -m patchmill`."""
     argv = sys.argv[1:]
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(usage(), end="")
@@ -94,7 +77,7 @@ def main() -> int:
         print(__version__)
         return 0
     if argv[0] not in COMMANDS:
-        print(f"error: no command {argv[0]!r}; there are: {', '.join(COMMANDS)}", file=sys.stderr)
+        print(f"error: no command {argv[0]!r}; choose one of {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
     return run(argv[0], argv[1:])
 

@@ -6,25 +6,23 @@ from pathlib import Path
 from typing import Annotated
 
 import tyro
-from rich.console import Console
-from rich.progress import track
 
 from patchmill.pipeline.atomic import whole_folder
 from patchmill.pipeline.read.manifest import EXTENSIONS, Dataset, ImageFormat, open_dataset
+from patchmill.tools.console.options import parse
+from patchmill.tools.console.progress import track
 from patchmill.tools.packing.beton import write_beton
 from patchmill.tools.packing.strict_decode import read_bytes
-
-DESCRIPTION = """\
-Writes a dataset as a tree of class folders, or as one .beton file for FFCV; image bytes stay as they are.
-
-  patchmill convert shards/ photos/
-  patchmill convert shards/ photos.beton
-"""
 
 
 @dataclass(frozen=True)
 class ConvertArgs:
-    """The options of `patchmill convert`."""
+    """Writes a dataset as a tree of class folders, or as one .beton file for FFCV; image bytes stay as they are.
+
+    Example:
+        patchmill convert shards/ photos/
+        patchmill convert shards/ photos.beton
+    """
 
     dataset: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="DATASET")]
     """The dataset's folder. (The way back from either: patchmill shard.)"""
@@ -34,7 +32,7 @@ class ConvertArgs:
 
 def main(argv: list[str]) -> int:
     """Runs the command."""
-    args = tyro.cli(ConvertArgs, args=argv, prog="patchmill convert", description=DESCRIPTION)
+    args = parse(ConvertArgs, "patchmill convert", argv)
     dataset = open_dataset(args.dataset)
     if args.out.exists():
         raise ValueError(f"{args.out} is there already: give a new name")
@@ -57,7 +55,7 @@ def write_image_folder(dataset: Dataset, out: Path) -> None:
         for folder in folders:
             (unfinished / folder).mkdir()
         rows = enumerate(dataset.samples)
-        for i, row in track(rows, "writing", len(dataset), console=Console(stderr=True), transient=True):
+        for i, row in track(rows, "writing", len(dataset)):
             folder = folders[row["label"]] if row["label"] >= 0 else ""
             name = f"{i:0{digits}d}.{EXTENSIONS[ImageFormat(row['format'])]}"
             (unfinished / folder / name).write_bytes(read_bytes(dataset, i))

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import tyro
 from PIL import Image
 from rich.console import Console
 
 from patchmill.tools import cli
+from patchmill.tools.console.options import parse
 
 PHOTOGRAPHS = ("astronaut", "chelsea", "coffee", "motorcycle", "rocket")
 
@@ -55,7 +55,7 @@ def cut_crops(folder: Path, count: int, seed: int) -> None:
 
 def main(argv: list[str]) -> int:
     """Runs the demo."""
-    config = tyro.cli(DemoConfig, prog="python -m patchmill.tools.demo", args=argv)
+    config = parse(DemoConfig, "python -m patchmill.tools.demo", argv)
     out, console = Path(config.out), Console()
     if out.exists() and not (out / "photographs").is_dir() and any(out.iterdir()):
         raise ValueError(f"{out} is not empty and no demo's; choose another --out")

@@ -6,12 +6,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from rich.console import Console
-from rich.table import Table
-
 from patchmill.pipeline.config import DataConfig
 from patchmill.tools import cli
+from patchmill.tools.console.options import parse
 from patchmill.tools.console.progress import is_first
+from patchmill.tools.console.report import column_table, show
 from patchmill.trainer.config.evaluate import TestConfig
 from patchmill.trainer.engine.world import joined_world
 from patchmill.trainer.evaluate.classify import Tested, evaluate_classifier
@@ -52,7 +51,7 @@ class EvaluateConfig:
 
 def main(argv: list[str]) -> int:
     """Runs the command."""
-    config = cli.parse(EvaluateConfig, "evaluate", argv)
+    config = parse(EvaluateConfig, "patchmill evaluate", argv)
     if not config.tests:
         raise ValueError("--tests names no dataset: give one or more folders that `patchmill shard` wrote")
     tests = [TestConfig(path, config.class_map, config.crop_fraction, config.batch) for path in config.tests]
@@ -87,14 +86,15 @@ def _results(run: Path, classifier: Path, tested: Tested) -> dict[str, Any]:
 
 
 def _print(found: list[Tested]) -> None:
-    table = Table("dataset", "top-1", "top-5", "images", "not counted")
+    numbers = ("top-1", "top-5", "images", "not counted")
+    table = column_table("dataset", *numbers, right=numbers)
     for each in found:
         scores = each.scores
         table.add_row(each.path, f"{scores.top1:.2%}", f"{scores.top5:.2%}", f"{scores.samples:,}", str(each.unseen))
     if len(found) > 1:
         mean1, mean5 = (sum(getattr(e.scores, name) for e in found) / len(found) for name in ("top1", "top5"))
         table.add_row("mean", f"{mean1:.2%}", f"{mean5:.2%}", "", "")
-    Console(file=sys.stdout).print(table)
+    show(table)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,10 @@
 """patchmill finetune: checkpoint + labelled shards -> a classifier; whole, partial, or from scratch."""
 
-import argparse
 import sys
 from pathlib import Path
 
 from patchmill.tools import cli
-from patchmill.tools.console.options import parse
+from patchmill.tools.console.options import parse_with_recipes, split_off
 from patchmill.tools.console.progress import fit_bar, is_first
 from patchmill.tools.console.report import print_report
 from patchmill.trainer.config.evaluate import FinetuneConfig
@@ -21,7 +20,7 @@ Trains encoder and classifier on labelled shards, as published; or the last bloc
   patchmill finetune --recipe finetune-vit-b16 --subject.checkpoint runs/b16 --data.path train/ --test.path val/
   patchmill finetune --subject.checkpoint runs/b16 --partial 0 0.5 1 2 4 6 12 --data.path train/ --test.path val/
   patchmill finetune --recipe scratch-vit-b16 --data.path train/ --test.path val/ --out runs/scratch
-  torchrun --nproc-per-node 8 -m patchmill.tools.finetune --subject.checkpoint runs/b16 --data.path train/ ...
+  torchrun --nproc-per-node 8 -m patchmill finetune --subject.checkpoint runs/b16 --data.path train/ ...
 
 --recipe NAME ({names}; without one {default}) or --config FILE (config.toml of a run) gives the defaults below.
 --partial N ... fine-tunes the last N blocks for each N (Figure 9; 0.5: the MLP of the last one, 0: last norm and head).
@@ -31,10 +30,8 @@ The same command again continues a run that was stopped. Results go to RUN/finet
 
 def main(argv: list[str]) -> int:
     """Runs the command; 0 when it ended in order, a stop by a signal included."""
-    first = argparse.ArgumentParser("patchmill", add_help=False, allow_abbrev=False)
-    first.add_argument("--partial", nargs="+")
-    chosen, rest = first.parse_known_args(argv)
-    config = parse(rest, FinetuneConfig, FINETUNE_RECIPES, prog="patchmill finetune", text=TEXT)
+    chosen, rest = split_off(argv, partial={"nargs": "+"})
+    config = parse_with_recipes(FinetuneConfig, "patchmill finetune", rest, FINETUNE_RECIPES, text=TEXT)
     if chosen.partial:
         return _sweep(config, _blocks(chosen.partial))
     with fit_bar("fine-tune") as draw:

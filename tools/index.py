@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Annotated, Any, BinaryIO
 
 import tyro
-from rich.console import Console
-from rich.progress import track
 
 from patchmill.pipeline.read.manifest import MANIFEST_NAME, ImageFormat, Manifest
 from patchmill.pipeline.read.tar import TarDamage, TarMember, image_format, index_of, split_key, walk_tar
+from patchmill.tools.console.options import parse
+from patchmill.tools.console.progress import track
 from patchmill.tools.packing.destination import LocalStore
 from patchmill.tools.packing.join import write_tables
 from patchmill.tools.packing.list_archives import numbered_labels
@@ -26,16 +26,14 @@ from patchmill.tools.packing.pack_dataset import processors
 from patchmill.tools.packing.pack_shard import PixelSums
 from patchmill.tools.packing.strict_decode import Rejected
 
-DESCRIPTION = """\
-Makes a dataset of WebDataset tars that another program wrote: manifest, .idx and sample table beside the tars.
-
-  patchmill index tars/
-"""
-
 
 @dataclass(frozen=True)
 class IndexArgs:
-    """The options of `patchmill index`."""
+    """Makes a dataset of WebDataset tars that another program wrote: manifest, .idx and sample table beside the tars.
+
+    Example:
+        patchmill index tars/
+    """
 
     folder: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="FOLDER")]
     """The folder of the tars."""
@@ -51,7 +49,7 @@ class IndexArgs:
 
 def main(argv: list[str]) -> int:
     """Runs the command."""
-    args = tyro.cli(IndexArgs, args=argv, prog="patchmill index", description=DESCRIPTION)
+    args = parse(IndexArgs, "patchmill index", argv)
     if not args.folder.is_dir():
         raise FileNotFoundError(f"no folder {args.folder}: give the folder of the tars")
     tars = sorted(args.folder.glob("*.tar"))
@@ -69,14 +67,13 @@ def index_tars(tars: list[Path], args: IndexArgs) -> Manifest:
     """Reads all tars and writes the tables; ValueError for a damaged tar or when no image is left."""
     store = LocalStore(args.folder, args.folder)
     jobs = [(tar, args.max_pixels) for tar in tars]
-    screen = Console(stderr=True)
     workers = min(args.workers or processors(), len(tars))
     if workers == 1:
-        found = [index_tar(job) for job in track(jobs, "reading", console=screen, transient=True)]
+        found = [index_tar(job) for job in track(jobs, "reading", len(jobs))]
     else:
         with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
             results = pool.map(index_tar, jobs)
-            found = list(track(results, "reading", len(jobs), console=screen, transient=True))
+            found = list(track(results, "reading", len(jobs)))
     if (damaged := [record["damage"] for record in found if "damage" in record]) and not args.skip_damaged:
         raise ValueError(f"{damaged[0]}: mend or remove it, or give --skip-damaged (leaves out {len(damaged)} tars)")
     records = [record for record in found if record.get("rows")]

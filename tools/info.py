@@ -7,10 +7,11 @@ from typing import Annotated
 import numpy as np
 import tyro
 from PIL import Image, ImageDraw
-from rich.console import Console
 from rich.table import Table
 
 from patchmill.pipeline.read.manifest import Dataset, ImageFormat, open_dataset
+from patchmill.tools.console.options import parse
+from patchmill.tools.console.report import add_pixel_rows, fact_table, show
 from patchmill.tools.packing.plan import shuffle_keys
 from patchmill.tools.packing.strict_decode import read_pixels
 
@@ -19,16 +20,13 @@ BAR_WIDTH = 40
 TILE, GAP, LINE = 128, 4, 14  # pixels of a contact sheet
 
 
-DESCRIPTION = """\
-Tells what a dataset holds: counts, classes, a histogram of sizes; --sheet draws some of its images.
-
-  patchmill info shards/ --sheet sheet.png
-"""
-
-
 @dataclass(frozen=True)
 class InfoArgs:
-    """The options of `patchmill info`."""
+    """Tells what a dataset holds: counts, classes, a histogram of sizes; --sheet draws some of its images.
+
+    Example:
+        patchmill info shards/ --sheet sheet.png
+    """
 
     dataset: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="DATASET")]
     """The dataset's folder."""
@@ -44,7 +42,7 @@ class InfoArgs:
 
 def main(argv: list[str]) -> int:
     """Runs the command."""
-    args = tyro.cli(InfoArgs, args=argv, prog="patchmill info", description=DESCRIPTION)
+    args = parse(InfoArgs, "patchmill info", argv)
     if args.images < 1:
         raise ValueError(f"--images {args.images} must be at least 1")
     if args.classes < 0:
@@ -52,8 +50,7 @@ def main(argv: list[str]) -> int:
     if args.sheet and (args.sheet.suffix.lower() != ".png" or args.sheet.is_dir()):
         raise ValueError(f"--sheet {args.sheet} must be a file that ends in .png")
     dataset = open_dataset(args.dataset)
-    screen = Console()
-    screen.print(overview(args.dataset, dataset), class_table(dataset, args.classes), size_table(dataset))
+    show(overview(args.dataset, dataset), class_table(dataset, args.classes), size_table(dataset))
     if args.sheet:
         args.sheet.parent.mkdir(parents=True, exist_ok=True)
         contact_sheet(dataset, args.images, args.seed).save(args.sheet, "PNG")
@@ -66,7 +63,7 @@ def overview(path: Path, dataset: Dataset) -> Table:
     manifest, samples = dataset.manifest, dataset.samples
     size = sum(shard.bytes for shard in manifest.shards)
     formats = np.bincount(samples["format"], minlength=len(ImageFormat))
-    table = Table(title=str(path), title_justify="left", show_header=False)
+    table = fact_table(str(path))
     table.add_row("images", f"{manifest.num_samples:,}")
     table.add_row("classes", f"{len(manifest.classes):,}; {int((samples['label'] < 0).sum()):,} images without label")
     table.add_row(
@@ -77,8 +74,7 @@ def overview(path: Path, dataset: Dataset) -> Table:
     for side in ("width", "height"):
         values = manifest.statistics[side]
         table.add_row(side, f"{values['min']:,} to {values['max']:,}, mean {values['mean']:,.0f}")
-    table.add_row("mean", ", ".join(f"{value:.4f}" for value in manifest.mean))
-    table.add_row("std", ", ".join(f"{value:.4f}" for value in manifest.std))
+    add_pixel_rows(table, manifest)
     table.add_row("left out", f"{manifest.quarantined:,}")
     table.add_row("seed", str(manifest.options.get("seed", "")))
     table.add_row("fingerprint", manifest.fingerprint()[:16])
@@ -89,7 +85,7 @@ def class_table(dataset: Dataset, shown: int) -> Table:
     """The largest classes with their counts."""
     labels = dataset.samples["label"]
     counts = np.bincount(labels[labels >= 0], minlength=len(dataset.manifest.classes))
-    table = Table(title="classes", title_justify="left", show_header=False)
+    table = fact_table("classes")
     for label in np.argsort(-counts, kind="stable")[:shown]:
         table.add_row(dataset.manifest.classes[label], f"{counts[label]:,}", _bar(counts[label], counts.max()))
     if len(counts) > shown:
@@ -101,7 +97,7 @@ def size_table(dataset: Dataset) -> Table:
     """Histogram of the shorter sides."""
     shorter = np.minimum(dataset.samples["width"], dataset.samples["height"])
     counts, _ = np.histogram(shorter, SIDES)
-    table = Table(title="shorter side, pixels", title_justify="left", show_header=False)
+    table = fact_table("shorter side, pixels")
     for low, high, count in zip(SIDES, SIDES[1:], counts, strict=False):
         if count:
             table.add_row(

@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 from patchmill.tools import cli
+from patchmill.tools.console.options import parse
 from patchmill.tools.console.progress import is_first
 from patchmill.tools.console.report import print_results
 from patchmill.trainer.config.evaluate import KnnConfig
@@ -16,7 +17,7 @@ from patchmill.trainer.evaluate.report import common_results, open_folder, write
 
 def main(argv: list[str]) -> int:
     """Runs the command."""
-    config = cli.parse(KnnConfig, "knn", argv)
+    config = parse(KnnConfig, "patchmill knn", argv)
     test = open_labelled(config.test.path, "test.path")
     subject = open_subject(config.subject, config.seed)
     run = Path(config.out) if config.out else default_out(subject.file, "knn", subject.start)

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Literal
 
 from patchmill.tools import cli
-from patchmill.tools.pretrain import parse
+from patchmill.tools.console.options import parse
+from patchmill.tools.console.pretrain_options import parse_pretrain
 
 SIGNALS = "SIGTERM,SIGINT,SIGUSR1"
 SHELL_LINES = ["#!/bin/bash", "set -euo pipefail"]
@@ -76,10 +77,10 @@ class LaunchConfig:
 def main(argv: list[str]) -> int:
     """Runs the command."""
     options, given = (argv[: argv.index("--")], argv[argv.index("--") + 1 :]) if "--" in argv else (argv, [])
-    launch = cli.parse(LaunchConfig, "launch", options)
+    launch = parse(LaunchConfig, "patchmill launch", options)
     if not given:
         raise ValueError("say what to train after --, as in: patchmill launch --gpus 8 -- --recipe mae-vit-b16 ...")
-    config = parse(given)  # a mistake is better found here than in a job
+    config = parse_pretrain(given)  # a mistake is better found here than in a job
     ranks = launch.nodes * launch.gpus
     if config.train.global_batch % (ranks * config.train.accum_steps):
         raise ValueError(
@@ -144,7 +145,7 @@ def _torchrun(launch: LaunchConfig, given: list[str]) -> str:
         text += " --standalone"
     else:
         text += f' --node-rank="$NODE_RANK" --master-addr="$MASTER_ADDR" --master-port={launch.master_port}'
-    return f"{text} -m patchmill.tools.pretrain {shlex.join(given)}"
+    return f"{text} -m patchmill pretrain {shlex.join(given)}"
 
 
 if __name__ == "__main__":

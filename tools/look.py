@@ -9,6 +9,7 @@ import torch
 from patchmill.pipeline.config import DataConfig
 from patchmill.pipeline.plan.masks import MaskConfig
 from patchmill.tools import cli
+from patchmill.tools.console.options import parse
 from patchmill.tools.console.pictures import check_picture, first_batch
 from patchmill.trainer.checkpoints.infer import Hints
 from patchmill.trainer.checkpoints.interop import load_encoder
@@ -56,7 +57,7 @@ class LookConfig:
 
 def main(argv: list[str]) -> int:
     """Runs the command."""
-    config = cli.parse(LookConfig, "look", argv)
+    config = parse(LookConfig, "patchmill look", argv)
     out = check_picture(config.out, config.data)
     if config.images < 1 or not config.show:
         raise ValueError("--images must be at least 1, and --show at least one of features, attention")

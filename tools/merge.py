@@ -17,22 +17,22 @@ import numpy as np
 import tyro
 
 from patchmill.pipeline.read.manifest import NAMES_NAME, QUARANTINE_NAME, Dataset, Manifest, open_dataset
+from patchmill.tools.console.options import parse
+from patchmill.tools.console.report import print_packed
 from patchmill.tools.packing.destination import LocalStore, store_at
 from patchmill.tools.packing.join import index_name, write_tables
+from patchmill.tools.packing.open_source import staging_folder
 from patchmill.tools.packing.pack_dataset import join
-from patchmill.tools.shard import staging_folder, summarise
-
-DESCRIPTION = """\
-Finishes a dataset that `patchmill shard --part I/N` packed in parts, or joins finished datasets.
-
-  patchmill merge shards/
-  patchmill merge all/ first/ second/
-"""
 
 
 @dataclass(frozen=True)
 class MergeArgs:
-    """The options of `patchmill merge`."""
+    """Finishes a dataset that `patchmill shard --part I/N` packed in parts, or joins finished datasets.
+
+    Example:
+        patchmill merge shards/
+        patchmill merge all/ first/ second/
+    """
 
     out: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="OUT")]
     """The dataset to make."""
@@ -42,7 +42,7 @@ class MergeArgs:
 
 def main(argv: list[str]) -> int:
     """Runs the command."""
-    args = tyro.cli(MergeArgs, args=argv, prog="patchmill merge", description=DESCRIPTION)
+    args = parse(MergeArgs, "patchmill merge", argv)
     started = time.monotonic()
     store = store_at(args.out)
     if args.datasets:
@@ -55,7 +55,7 @@ def main(argv: list[str]) -> int:
     else:
         manifest = join(store)
         shutil.rmtree(staging_folder(args.out), ignore_errors=True)
-    summarise(args.out, manifest, time.monotonic() - started)
+    print_packed(args.out, manifest, time.monotonic() - started)
     return 0
 
 

@@ -3,7 +3,7 @@
 import sys
 
 from patchmill.tools import cli
-from patchmill.tools.console.options import parse
+from patchmill.tools.console.options import parse_with_recipes
 from patchmill.tools.console.progress import fit_bar
 from patchmill.tools.console.report import print_report
 from patchmill.trainer.config.evaluate import ProbeConfig
@@ -16,7 +16,7 @@ Trains a linear classifier on frozen features, as published (class token, BatchN
   patchmill probe --subject.checkpoint runs/b16 --data.path train/ --test.path val/
   patchmill probe --recipe probe-cifar-nano --subject.checkpoint runs/nano --data.path train/ --test.path test/
   patchmill probe --subject.checkpoint runs/b16 --subject.random-init --data.path train/ --test.path val/
-  torchrun --nproc-per-node 8 -m patchmill.tools.probe --subject.checkpoint runs/b16 --data.path train/ --test.path val/
+  torchrun --nproc-per-node 8 -m patchmill probe --subject.checkpoint runs/b16 --data.path train/ --test.path val/
 
 --recipe NAME ({names}; without one {default}) or --config FILE (config.toml of a run) gives the defaults below.
 The same command again continues a run that was stopped. Results go to RUN/probe, or to --out.
@@ -25,7 +25,7 @@ The same command again continues a run that was stopped. Results go to RUN/probe
 
 def main(argv: list[str]) -> int:
     """Runs the command; 0 when it ended in order, a stop by a signal included."""
-    config = parse(argv, ProbeConfig, PROBE_RECIPES, prog="patchmill probe", text=TEXT)
+    config = parse_with_recipes(ProbeConfig, "patchmill probe", argv, PROBE_RECIPES, text=TEXT)
     with fit_bar("probe") as draw:
         report = probe(config, draw)
     print_report(report)

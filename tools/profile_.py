@@ -19,7 +19,9 @@ from rich.console import Console
 from patchmill.pipeline.atomic import whole_file
 from patchmill.pipeline.read.manifest import MANIFEST_NAME
 from patchmill.tools import cli
-from patchmill.tools.pretrain import split_defaults
+from patchmill.tools.console.options import parse, require_data
+from patchmill.tools.console.pretrain_options import split_pretrain
+from patchmill.tools.console.progress import is_first
 from patchmill.tools.profiler import diff as profile_diff
 from patchmill.tools.profiler import report as profile_report
 from patchmill.tools.profiler import tables as profile_tables
@@ -51,7 +53,7 @@ Measures a loader, a step, the training loop or our operators, and says what bin
   patchmill profile loader --recipe mae-vit-l16 --data.path shards/ --plan.gpus 8 --plan.cores 128 --plan.price 2.5
   patchmill profile plan before --gpus 8 --gpu H100 --cores 96 --disk-mb-per-s 3000
   patchmill profile diff before after
-  torchrun --nproc-per-node 8 -m patchmill.tools.profile_ train --recipe mae-vit-l16 --data.path shards/
+  torchrun --nproc-per-node 8 -m patchmill profile train --recipe mae-vit-l16 --data.path shards/
 
 Modes: loader, step, train, kernels, all. --recipe NAME (`patchmill recipes` lists them) or --config FILE gives the
 defaults of all options below, which are those of `patchmill pretrain`. Writes report.json, report.html, PNGs and
@@ -79,19 +81,19 @@ class ProfileConfig:
 
 
 def main(argv: list[str]) -> int:
-    """Runs the command; argv[0] is its name."""
-    mode, *rest = argv[1:] or ["--help"]
+    """Runs the command."""
+    mode, *rest = argv or ["--help"]
     if mode in ("-h", "--help"):
-        parse(["--help"])
+        parse_profile(["--help"])
     if mode == "diff":
-        return profile_diff.main(rest)
+        return profile_diff.show(parse(profile_diff.DiffArgs, "patchmill profile diff", rest))
     if mode == "plan":
         return plan(rest)
     if mode not in MODES:
         raise ValueError(f"profile what? one of {', '.join(MODES)}, plan REPORT or diff A B; got {mode!r}")
-    options = parse(rest)
-    if mode not in ("step", "kernels") and not options.run.data.path:
-        raise ValueError("no data: give --data.path DIR, a folder that `patchmill shard` wrote")
+    options = parse_profile(rest)
+    if mode not in ("step", "kernels"):
+        require_data(options.run.data)
     report = measure(mode, options, shlex.join(["patchmill", "profile", mode, *rest]))
     if report is None:
         return 0
@@ -122,7 +124,7 @@ class PlanArgs:
 
 def plan(argv: list[str]) -> int:
     """Runs `patchmill profile plan`."""
-    args = cli.parse(PlanArgs, "profile plan", argv)
+    args = parse(PlanArgs, "patchmill profile plan", argv)
     if not args.machine.gpus:
         raise ValueError("--gpus is 0; give the machine one at least")
     report = profile_report.read(args.report)
@@ -130,16 +132,11 @@ def plan(argv: list[str]) -> int:
     return 0
 
 
-def parse(argv: list[str]) -> ProfileConfig:
+def parse_profile(argv: list[str]) -> ProfileConfig:
     """The options of a command line. Raises ValueError for what cannot be right."""
-    run, rest = split_defaults(argv, "to profile")
-    return tyro.cli(
-        ProfileConfig,
-        prog="patchmill profile MODE",
-        description=EXAMPLE,
-        default=ProfileConfig(run=dataclasses.replace(run, out=FOLDER)),  # never a run's own folder
-        args=rest,
-    )
+    run, rest = split_pretrain(argv, "to profile")
+    default = ProfileConfig(run=dataclasses.replace(run, out=FOLDER))  # never a run's own folder
+    return parse(ProfileConfig, "patchmill profile MODE", rest, text=EXAMPLE, default=default)
 
 
 def measure(mode: str, options: ProfileConfig, command: str) -> dict[str, Any] | None:
@@ -151,7 +148,7 @@ def measure(mode: str, options: ProfileConfig, command: str) -> dict[str, Any] |
     config = fitting_batch(options.run, device, options.batch, ranks)
     folder = _folder(Path(config.out))
     sections: dict[str, Any] = {}
-    say = Console(stderr=True).print if _is_first() else _say_nothing
+    say = Console(stderr=True).print if is_first() else _say_nothing
     with Neighbours() as around:
         if mode in ("kernels", "all"):
             say("[dim]measuring our operators")
@@ -168,7 +165,7 @@ def measure(mode: str, options: ProfileConfig, command: str) -> dict[str, Any] |
             say("[dim]running the training loop")
             whole = with_options(config, train__global_batch=config.train.global_batch * ranks)
             sections["train"] = measure_train(whole, device, options.seconds)
-    if not _is_first():
+    if not is_first():
         return None
     model, verdict, found = conclude(sections, trials, config, around.noise)
     return profile_report.make(mode, command, config, device, sections, model, verdict, found, around.noise)
@@ -218,10 +215,6 @@ def _device(config: PretrainConfig) -> torch.device:
         raise ValueError("device cuda was asked for but torch sees no CUDA device; use --device cpu")
     kind = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
     return torch.device(kind, int(os.environ.get("LOCAL_RANK", "0"))) if kind == "cuda" else torch.device("cpu")
-
-
-def _is_first() -> bool:
-    return os.environ.get("RANK", "0") == "0"
 
 
 def _say_nothing(*_: object) -> None:

@@ -7,10 +7,10 @@ from collections.abc import Callable, Mapping
 from typing import Annotated, Any
 
 import tyro
-from rich.console import Console
-from rich.table import Table
 
 from patchmill.tools import cli
+from patchmill.tools.console.options import parse
+from patchmill.tools.console.report import column_table, show
 from patchmill.trainer.config.toml import to_toml
 from patchmill.trainer.recipes.evaluate import FINETUNE_RECIPES, PROBE_RECIPES
 from patchmill.trainer.recipes.pretrain import RECIPES, find_recipe
@@ -39,16 +39,16 @@ class RecipesArgs:
 
 def main(argv: list[str]) -> int:
     """Runs the command."""
-    args = cli.parse(RecipesArgs, "recipes", argv)
+    args = parse(RecipesArgs, "patchmill recipes", argv)
     if args.name:
         everything = {name: make for recipes in KINDS.values() for name, make in recipes.items()}
         print(to_toml(find_recipe(everything, args.name)()), end="")
         return 0
     for command, recipes in KINDS.items():
-        table = Table("recipe", "what it is", box=None, pad_edge=False, title=command, title_justify="left")
+        table = column_table("recipe", "what it is", title=command)
         for name, make in recipes.items():
             table.add_row(name, describe(name, make))
-        Console(file=sys.stdout).print(table, "")
+        show(table, "")
     return 0
 
 

@@ -9,6 +9,7 @@ from patchmill.pipeline.batch import Batch
 from patchmill.pipeline.config import DataConfig
 from patchmill.pipeline.plan.masks import KINDS, MaskConfig, MaskPlan
 from patchmill.tools import cli
+from patchmill.tools.console.options import parse
 from patchmill.tools.console.pictures import check_picture, first_batch
 from patchmill.trainer.checkpoints.checkpoint import load_model
 from patchmill.trainer.draw.sheet import Column, write_sheet
@@ -48,7 +49,7 @@ class ReconstructConfig:
 
 def main(argv: list[str]) -> int:
     """Runs the command."""
-    config = cli.parse(ReconstructConfig, "reconstruct", argv)
+    config = parse(ReconstructConfig, "patchmill reconstruct", argv)
     out = check_picture(config.out, config.data)
     count, across = config.images or (8 if config.masks else 16), config.across or (1 if config.masks else 2)
     if min(count, across) < 1 or 0 in (config.images, config.across):

@@ -16,6 +16,7 @@ from typing import Annotated, Any, NamedTuple
 import tyro
 
 from patchmill.tools import cli
+from patchmill.tools.console.options import parse
 from patchmill.trainer.draw.charts import write_sweep
 from patchmill.trainer.evaluate.report import RESULTS
 
@@ -41,7 +42,7 @@ class ResultsConfig:
 
 def main(argv: list[str]) -> int:
     """Runs the command."""
-    config = cli.parse(ResultsConfig, "results", argv)
+    config = parse(ResultsConfig, "patchmill results", argv)
     table = gather(Path(config.folder))
     if not table:
         raise ValueError(

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
-from rich.console import Console
 from rich.table import Table
 
 from patchmill.tools import cli
+from patchmill.tools.console.options import parse
+from patchmill.tools.console.report import column_table, show
 from patchmill.trainer.checkpoints.checkpoint import all_checkpoints
 from patchmill.trainer.draw.charts import compare_losses
 from patchmill.trainer.metrics import read_metrics
@@ -36,7 +37,7 @@ class RunsArgs:
 
 def main(argv: list[str]) -> int:
     """Runs the command."""
-    args = cli.parse(RunsArgs, "runs", argv)
+    args = parse(RunsArgs, "patchmill runs", argv)
     if not args.folder.is_dir():
         raise ValueError(f"no folder {args.folder}; give the one that holds the runs (what --out was, or above it)")
     runs = []
@@ -53,7 +54,7 @@ def main(argv: list[str]) -> int:
         for run in runs:
             print(json.dumps(run))
     else:
-        Console().print(_table(runs))
+        show(_table(runs))
     return 0
 
 
@@ -91,9 +92,8 @@ def _state(status: Status) -> str:
 
 
 def _table(runs: list[dict[str, Any]]) -> Table:
-    table = Table(box=None, pad_edge=False)
-    for name in ("run", "state", "step", "loss", "images/s", "newest checkpoint", "why"):
-        table.add_column(name, overflow="fold", justify="right" if name in ("step", "loss", "images/s") else "left")
+    names = ("run", "state", "step", "loss", "images/s", "newest checkpoint", "why")
+    table = column_table(*names, right=("step", "loss", "images/s"))
     for run in runs:
         loss = "" if run["loss"] is None else f"{run['loss']:.4f}"
         rate = "" if run["images_per_s"] is None else f"{run['images_per_s']:,.0f}"

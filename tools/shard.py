@@ -3,10 +3,7 @@
 The work is pack_dataset.py; what a source may be is sources.py, what becomes of an image normalise.py.
 """
 
-import hashlib
 import shutil
-import sys
-import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,34 +11,33 @@ from typing import Annotated, Literal
 
 import tyro
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeRemainingColumn
-from rich.progress import Progress as Bar
-from rich.table import Table
+from rich.progress import Progress, TaskID
 
-from patchmill.pipeline.read.manifest import QUARANTINE_NAME, Manifest, open_dataset
+from patchmill.pipeline.read.manifest import open_dataset
 from patchmill.pipeline.read.urls import is_url, redact
+from patchmill.tools.console.options import parse
+from patchmill.tools.console.progress import progress_bar
+from patchmill.tools.console.report import print_packed
 from patchmill.tools.packing.beton import write_beton
 from patchmill.tools.packing.list_tables import Columns
 from patchmill.tools.packing.listing import Listing
 from patchmill.tools.packing.normalise import REENCODE_QUALITY, Policy
-from patchmill.tools.packing.open_source import list_source
+from patchmill.tools.packing.open_source import list_source, staging_folder
 from patchmill.tools.packing.pack_dataset import MAX_BAD_FRACTION, Run, pack_dataset
 from patchmill.tools.packing.plan import PackOptions
 from patchmill.tools.packing.splits import split_listing
 from patchmill.tools.packing.workers import pack_on_ray
 
-DESCRIPTION = """\
-Packs images into WebDataset shards with an index, a manifest and checksums.
-
-  patchmill shard photos/ shards/
-  patchmill shard imagenet.zip shards/ --splits train val --resize shorter-side --size 512
-  patchmill shard list.csv s3://bucket/shards --workers 16
-"""
-
 
 @dataclass(frozen=True)
 class ShardArgs:
-    """The options of `patchmill shard`."""
+    """Packs images into WebDataset shards with an index, a manifest and checksums.
+
+    Example:
+        patchmill shard photos/ shards/
+        patchmill shard imagenet.zip shards/ --splits train val --resize shorter-side --size 512
+        patchmill shard list.csv s3://bucket/shards --workers 16
+    """
 
     images: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="IN")]
     """Class folders (ImageFolder) or a flat folder; .zip, .tar, .tar.gz; tars of a WebDataset ("train-{000..146}.tar");
@@ -92,7 +88,7 @@ class ShardArgs:
 
 def main(argv: list[str]) -> int:
     """Runs the command; 0 when all that was asked for is packed."""
-    args = tyro.cli(ShardArgs, args=argv, prog="patchmill shard", description=DESCRIPTION)
+    args = parse(ShardArgs, "patchmill shard", argv)
     options, part = pack_options(args), parse_part(args.part)
     if args.format == "beton" and (args.splits or args.part or is_url(args.out)):
         raise ValueError("--format beton writes one local file: leave out --splits and --part")
@@ -110,7 +106,7 @@ def main(argv: list[str]) -> int:
     pieces = split_listing(listing, args.splits) if args.splits else {"": listing}
     try:
         for name, piece in pieces.items():
-            pack_piece(piece, f"{args.out.rstrip('/')}/{name}" if name else args.out, options, args, part, screen)
+            pack_piece(piece, f"{args.out.rstrip('/')}/{name}" if name else args.out, options, args, part)
     except KeyboardInterrupt:
         screen.print("the same command goes on from here", highlight=False)
         raise
@@ -119,13 +115,12 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def pack_piece(
-    listing: Listing, out: str, options: PackOptions, args: ShardArgs, part: tuple[int, int], screen: Console
-) -> None:
+def pack_piece(listing: Listing, out: str, options: PackOptions, args: ShardArgs, part: tuple[int, int]) -> None:
     """Packs one listing with a bar and prints its summary."""
     started = time.monotonic()
     shards = out if args.format == "webdataset" else f"{out}.shards"
-    with PackingBar(screen) as bar:
+    with progress_bar(transient=True) as bar:
+        packing = PackingBar(bar)
         manifest = pack_dataset(
             listing,
             shards,
@@ -134,17 +129,17 @@ def pack_piece(
             max_bad_fraction=args.max_bad_fraction,
             part=part,
             engine=pack_on_ray if args.engine == "ray" else None,
-            on_progress=bar.show,
+            on_progress=packing.show,
         )
     if manifest is None:
         print(f"part {args.part} is packed; when all are: patchmill merge {redact(out)}")
         return
-    if bar.bar is None:
+    if packing.task is None:
         print(f"{redact(out)} was already packed by the same command")
     if args.format == "beton":
         write_beton(open_dataset(shards), Path(out))
         shutil.rmtree(shards)
-    summarise(out, manifest, time.monotonic() - started)
+    print_packed(out, manifest, time.monotonic() - started)
 
 
 def pack_options(args: ShardArgs) -> PackOptions:
@@ -167,52 +162,22 @@ def parse_part(text: str) -> tuple[int, int]:
     return int(part), int(parts)
 
 
-def staging_folder(out: str) -> Path:
-    """Where copies of remote and Parquet sources lie until the dataset is finished."""
-    if is_url(out):
-        return Path(tempfile.gettempdir()) / f"patchmill-{hashlib.sha256(out.encode()).hexdigest()[:16]}"
-    path = Path(out).absolute()
-    return path.with_name(path.name + ".sources")
+class PackingBar:
+    """Draws a packing run on a bar: images done and left, images/s, MB/s, bad images."""
 
-
-class PackingBar(Bar):
-    """Images done, images/s, MB/s, time left, bad images."""
-
-    def __init__(self, screen: Console) -> None:
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[rate]}"),
-        )
-        super().__init__(*columns, TimeRemainingColumn(), console=screen, transient=True)
-        self.bar: TaskID | None = None
+    def __init__(self, bar: Progress) -> None:
+        self.bar = bar
+        self.task: TaskID | None = None
+        """None until the first call: a dataset that was packed before never draws"""
         self.since = time.monotonic()
         self.before = (0, 0)
 
     def show(self, run: Run) -> None:
-        """Draws the state of the run; rates count from the first call, so that resumed shards do not flatter them."""
-        if self.bar is None:
-            self.bar = self.add_task("packing", total=run.total_images, completed=run.images, rate="")
+        """Draws the state of the run. Rates count from the first call: shards of an earlier run do not raise them."""
+        if self.task is None:
+            self.task = self.bar.add_task("packing", total=run.total_images, completed=run.images)
             self.since, self.before = time.monotonic(), (run.images, run.bytes)
         seconds = max(time.monotonic() - self.since, 1e-3)
         images, megabytes = (run.images - self.before[0]) / seconds, (run.bytes - self.before[1]) / seconds / 1e6
-        rate = f"{images:,.0f} images/s  {megabytes:,.1f} MB/s  {run.bad} bad"
-        self.update(self.bar, completed=run.images, rate=rate)
-
-
-def summarise(out: str, manifest: Manifest, seconds: float) -> None:
-    """Prints what was packed, where it lies and what was left out."""
-    size = sum(shard.bytes for shard in manifest.shards)
-    widths, heights = manifest.statistics["width"], manifest.statistics["height"]
-    table = Table(title=f"packed {redact(out)}", title_justify="left", show_header=False)
-    table.add_row("images", f"{manifest.num_samples:,} in {len(manifest.classes)} classes")
-    table.add_row("shards", f"{len(manifest.shards)}, {size / 1e6:,.1f} MB")
-    table.add_row("sizes", f"{widths['min']}..{widths['max']} wide, {heights['min']}..{heights['max']} high")
-    table.add_row(
-        "left out", f"{manifest.quarantined:,}" + (f" (see {QUARANTINE_NAME})" if manifest.quarantined else "")
-    )
-    table.add_row("mean", ", ".join(f"{value:.4f}" for value in manifest.mean))
-    table.add_row("std", ", ".join(f"{value:.4f}" for value in manifest.std))
-    table.add_row("time", f"{seconds:,.1f} s, {manifest.num_samples / max(seconds, 1e-3):,.0f} images/s")
-    Console(file=sys.stdout).print(table)
+        line = f"{images:,.0f} images/s  {megabytes:,.1f} MB/s  {run.bad} bad"
+        self.bar.update(self.task, completed=run.images, line=line)

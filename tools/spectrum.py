@@ -6,12 +6,13 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from rich.console import Console
-from rich.table import Table
 
 from patchmill.pipeline.atomic import whole_file
 from patchmill.pipeline.config import DataConfig
 from patchmill.tools import cli
+from patchmill.tools.console.options import parse
 from patchmill.tools.console.pictures import check_picture
+from patchmill.tools.console.report import column_table, show
 from patchmill.trainer.checkpoints.infer import Hints
 from patchmill.trainer.checkpoints.interop import load_encoder
 from patchmill.trainer.config.evaluate import Pool
@@ -55,7 +56,7 @@ class SpectrumConfig:
 
 def main(argv: list[str]) -> int:
     """Runs the command."""
-    config = cli.parse(SpectrumConfig, "spectrum", argv)
+    config = parse(SpectrumConfig, "patchmill spectrum", argv)
     out, names = check_picture(config.out, config.data), config.names or config.checkpoints
     if not config.checkpoints or len(names) != len(config.checkpoints):
         raise ValueError(f"--checkpoints needs at least one, and --names one for each: {len(config.checkpoints)}")
@@ -98,14 +99,13 @@ def checkpoint_spectrum(config: SpectrumConfig, checkpoint: str, world: World) -
 
 
 def _print(found: list[tuple[str, Spectrum]]) -> None:
-    table = Table(box=None, pad_edge=False, caption="largest, median and smallest singular value")
-    table.add_column("", overflow="fold")
-    for title in ("effective rank", "of", "largest", "median", "smallest"):
-        table.add_column(title, justify="right", no_wrap=True)
+    numbers = ("effective rank", "of", "largest", "median", "smallest")
+    table = column_table("", *numbers, right=numbers)
+    table.caption = "largest, median and smallest singular value"
     for name, (rank, values, _) in found:
         shown = [f"{value:.3g}" for value in (values[0], values[len(values) // 2], values[-1])] if values else [""] * 3
         table.add_row(name, f"{rank:.1f}", str(len(values)), *shown)
-    Console(file=sys.stdout).print(table)
+    show(table)
 
 
 if __name__ == "__main__":

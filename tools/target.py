@@ -3,7 +3,6 @@
 The fit is trainer/target_fit.py; here are the command line and what a person sees of it.
 """
 
-import argparse
 import dataclasses
 import sys
 from collections.abc import Iterator
@@ -13,8 +12,7 @@ from typing import Literal
 
 import torch
 import tyro
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import Progress
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -24,6 +22,8 @@ from patchmill.pipeline.config import DataConfig
 from patchmill.pipeline.loader import build_loader
 from patchmill.pipeline.plan.masks import MaskConfig
 from patchmill.tools import cli
+from patchmill.tools.console.options import parse, require_data, split_off
+from patchmill.tools.console.progress import progress_bar
 from patchmill.trainer.config.model import ModelConfig
 from patchmill.trainer.engine.world import join_world
 from patchmill.trainer.model.dvae import DVAETokenizer
@@ -78,12 +78,10 @@ class TargetConfig:
 
 def main(argv: list[str]) -> int:
     """Runs the command."""
-    first = argparse.ArgumentParser("patchmill", add_help=False, allow_abbrev=False)
-    first.add_argument("--recipe", default="mae-vit-b16")
-    chosen, rest = first.parse_known_args(argv)
+    chosen, rest = split_off(argv, recipe={"default": "mae-vit-b16"})
     recipe = get_recipe(chosen.recipe)
     default = TargetConfig(kind=tyro.MISSING, out=tyro.MISSING, data=recipe.data, model=recipe.model)
-    config = cli.parse(TargetConfig, "target", rest, default=default)
+    config = parse(TargetConfig, "patchmill target", rest, default=default)
     if Path(config.out).suffix != ".safetensors":
         raise ValueError(f"--out {config.out} must end in .safetensors")
     width = config.width or (config.model.target_width if config.model.target == config.kind else 0)
@@ -99,10 +97,9 @@ def main(argv: list[str]) -> int:
 
 def _fit(config: TargetConfig, model: ModelConfig) -> tuple[dict[str, Tensor], str]:
     """The tensors of a fitted target, and a line on how well it fits."""
-    if not config.data.path:
-        raise ValueError("no data: give --data.path DIR, a folder that `patchmill shard` wrote")
+    require_data(config.data)
     device = join_world(config.device).device
-    with _progress() as bar:
+    with progress_bar() as bar:
         if config.kind == "pca":
             covariance = Covariance()
             for patches_BLP in _patches(config, model, device, None, bar):
@@ -168,16 +165,6 @@ def _read_dvae(path: str) -> tuple[dict[str, Tensor], str]:
         )
     tensors = {f"tokenizer.{name}": tensor.float() for name, tensor in found.items()}
     return tensors, f"DALL-E's encoder, {sum(t.numel() for t in tensors.values()):,} values"
-
-
-def _progress() -> Progress:
-    return Progress(
-        TextColumn("[bold]{task.description}"),
-        BarColumn(bar_width=None),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        console=Console(stderr=True),
-    )
 
 
 if __name__ == "__main__":

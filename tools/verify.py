@@ -6,7 +6,6 @@ that the table gives. Exit code 1 when anything is wrong.
 """
 
 import hashlib
-import sys
 import zlib
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -17,8 +16,6 @@ from typing import Annotated, BinaryIO
 
 import numpy as np
 import tyro
-from rich.console import Console
-from rich.progress import track
 
 from patchmill.pipeline.read.image_headers import ImageDamage
 from patchmill.pipeline.read.manifest import (
@@ -33,21 +30,21 @@ from patchmill.pipeline.read.manifest import (
     read_manifest,
 )
 from patchmill.pipeline.read.tar import TarDamage, TarMember, image_format, index_of, walk_tar
+from patchmill.tools.console.options import parse
+from patchmill.tools.console.progress import track
 from patchmill.tools.packing.pack_dataset import processors
 from patchmill.tools.packing.plan import shuffle_keys
 from patchmill.tools.packing.strict_decode import decode
 
-DESCRIPTION = """\
-Checks a dataset: every checksum, every index and every image. Exit code 1 and a list when something is wrong.
-
-  patchmill verify shards/
-  patchmill verify shards/ --sample 0.01
-"""
-
 
 @dataclass(frozen=True)
 class VerifyArgs:
-    """The options of `patchmill verify`."""
+    """Checks a dataset: every checksum, every index and every image. Exit code 1 and a list when something is wrong.
+
+    Example:
+        patchmill verify shards/
+        patchmill verify shards/ --sample 0.01
+    """
 
     dataset: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="DATASET")]
     """The dataset's folder."""
@@ -63,14 +60,13 @@ class VerifyArgs:
 
 def main(argv: list[str]) -> int:
     """Runs the command; 0 when nothing is wrong, 1 when something is."""
-    args = tyro.cli(VerifyArgs, args=argv, prog="patchmill verify", description=DESCRIPTION)
+    args = parse(VerifyArgs, "patchmill verify", argv)
     if not 0 <= args.sample <= 1:
         raise ValueError(f"--sample {args.sample} is not between 0 and 1")
     manifest = read_manifest(args.dataset)
     checks = verify(args.dataset, manifest, args.sample, args.seed, args.workers or processors())
-    screen = Console(stderr=True)
     faults = []
-    for found in track(checks, "verifying", len(manifest.shards) + 1, console=screen, transient=True):
+    for found in track(checks, "verifying", len(manifest.shards) + 1):
         faults += found
     for fault in faults[: args.max_shown]:
         print(fault)
@@ -78,7 +74,7 @@ def main(argv: list[str]) -> int:
         print(f"... and {len(faults) - args.max_shown} more")
     checked = "all" if args.sample == 1 else f"{args.sample:.2%} of"
     what = f"{manifest.num_samples:,} samples in {len(manifest.shards)} shards ({checked} images decoded)"
-    print(f"{args.dataset}: {what}: {f'{len(faults)} faults' if faults else 'all is well'}", file=sys.stdout)
+    print(f"{args.dataset}: {what}: {f'{len(faults)} faults' if faults else 'all is well'}")
     return 1 if faults else 0
 
 

@@ -1,34 +1,96 @@
-"""What the commands of evaluation share: recipe or config file, then options; a progress bar; a table of the result."""
+"""Parses command lines: a plain options class, or a recipe or config file first and options on top of it."""
 
 import argparse
+import inspect
 from collections.abc import Callable, Mapping
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import tyro
 
+from patchmill.pipeline.config import DataConfig
 from patchmill.trainer.config.toml import read_toml
 from patchmill.trainer.recipes.pretrain import find_recipe
 
-Config = TypeVar("Config")
+Options = TypeVar("Options")
 
 
 def parse(
-    argv: list[str], kind: type[Config], recipes: Mapping[str, Callable[[], Config]], *, prog: str, text: str
-) -> Config:
-    """The config of a command line. Raises ValueError for what cannot be right."""
-    first = argparse.ArgumentParser("patchmill", add_help=False, allow_abbrev=False)
-    first.add_argument("--recipe")
-    first.add_argument("--config")
-    chosen, rest = first.parse_known_args(argv)
+    kind: type[Options], prog: str, argv: list[str], *, text: str = "", default: Options | None = None
+) -> Options:
+    """The options of a command line. tyro prints help and mistakes, and exits (0 and 2).
+
+    Args:
+        kind: a dataclass. Its docstring, with the example that tyro alone would leave out, opens --help.
+        prog: what usage lines call the command, as in "patchmill shard".
+        text: opens --help instead of the docstring.
+        default: values of the options that are not given.
+    """
+    more = {} if default is None else {"default": default}
+    return tyro.cli(
+        tyro.conf.AvoidSubcommands[kind],  # type: ignore[valid-type]
+        prog=prog,
+        description=text or inspect.getdoc(kind),
+        args=argv,
+        **more,
+    )
+
+
+def parse_with_recipes(
+    kind: type[Options], prog: str, argv: list[str], recipes: Mapping[str, Callable[[], Options]], *, text: str
+) -> Options:
+    """The options of a command line on top of --recipe or --config; without either, of the first recipe.
+
+    Args:
+        text: opens --help; {names} and {default} in it become the recipes' names and the first of them.
+    Raises:
+        ValueError: as `split_defaults`.
+    """
+    fallback = next(iter(recipes))
+    default, rest = split_defaults(argv, kind, recipes, fallback=fallback)
+    text = text.format(names=", ".join(recipes), default=fallback)
+    return parse(kind, prog, rest, text=text, default=default)
+
+
+def split_defaults(
+    argv: list[str],
+    kind: type[Options],
+    recipes: Mapping[str, Callable[[], Options]],
+    *,
+    fallback: str,
+    purpose: str = "",
+) -> tuple[Options, list[str]]:
+    """The config that --recipe or --config names, and the rest of the command line.
+
+    Args:
+        fallback: the recipe when neither is given.
+        purpose: makes one of the two mandatory (except with --help); the error names it, as in "to train".
+    Raises:
+        ValueError: both are given or neither where one is mandatory, an unknown recipe, a file with a wrong key.
+        OSError: the file cannot be read.
+    """
+    chosen, rest = split_off(argv, recipe={}, config={})
     if chosen.recipe and chosen.config:
         raise ValueError("--recipe and --config both give defaults; leave one out")
-    name = chosen.recipe or next(iter(recipes))
-    default = read_toml(chosen.config, kind) if chosen.config else find_recipe(recipes, name)()
-    description = text.format(names=", ".join(recipes), default=next(iter(recipes)))
-    return tyro.cli(
-        tyro.conf.AvoidSubcommands[kind],  # type: ignore[valid-type, misc]
-        prog=prog,
-        description=description,
-        default=default,
-        args=rest,
-    )
+    if chosen.config:
+        return read_toml(chosen.config, kind), rest
+    if purpose and not chosen.recipe and not {"-h", "--help"} & set(rest):
+        raise ValueError(f"say what {purpose}: --recipe NAME (`patchmill recipes` lists them) or --config FILE")
+    return find_recipe(recipes, chosen.recipe or fallback)(), rest
+
+
+def split_off(argv: list[str], **options: dict[str, Any]) -> tuple[argparse.Namespace, list[str]]:
+    """Takes the named options out of a command line: (their values, None where not given; the rest).
+
+    Args:
+        options: how argparse reads each, as in `split_off(argv, partial={"nargs": "+"})`.
+    """
+    first = argparse.ArgumentParser("patchmill", add_help=False, allow_abbrev=False)
+    for name, settings in options.items():
+        first.add_argument(f"--{name}", **settings)
+    return first.parse_known_args(argv)
+
+
+def require_data(data: DataConfig) -> None:
+    """Raises ValueError when --data.path is missing."""
+    if not data.path:
+        raise ValueError("no data: give --data.path DIR, a folder that `patchmill shard` wrote")

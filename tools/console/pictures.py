@@ -1,4 +1,4 @@
-"""What the commands that draw pictures share: the checks of their options, and the images that are drawn."""
+"""Checks the options of the commands that draw, and loads the images they draw."""
 
 import dataclasses
 from pathlib import Path
@@ -9,26 +9,26 @@ from patchmill.pipeline.batch import Batch
 from patchmill.pipeline.config import DataConfig
 from patchmill.pipeline.loader import build_loader
 from patchmill.pipeline.plan.masks import MaskConfig
+from patchmill.tools.console.options import require_data
 from patchmill.trainer.config.model import ModelConfig
 
 
 def check_picture(out: str, data: DataConfig) -> Path:
-    """The PNG to write. Raises ValueError for another ending, and where there are no data."""
+    """The PNG to write. Raises ValueError for another extension, or when --data.path is missing."""
     path = Path(out)
     if path.suffix.lower() != ".png":
         raise ValueError(f"--out {out} must end in .png")
-    if not data.path:
-        raise ValueError("no data: give --data.path DIR, a folder that `patchmill shard` wrote")
+    require_data(data)
     return path
 
 
 def first_batch(
     data: DataConfig, model: ModelConfig, mask: MaskConfig, *, seed: int, count: int, device: torch.device
 ) -> Batch:
-    """The first images of a dataset under a seed; a dataset that is smaller fills up with its first ones.
+    """The first `count` images of a dataset under a seed; a smaller dataset repeats its first ones.
 
     Raises:
-        ValueError, FileNotFoundError: what is wrong with the data.
+        ValueError, FileNotFoundError: the data cannot be used; the message says why.
     """
     with build_loader(
         dataclasses.replace(data, last_batch="fill"),

@@ -1,6 +1,8 @@
 """what the user named -> [list_source] -> listing: tells folders, archives, tables, arrays and URLs apart."""
 
+import hashlib
 import os
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -45,6 +47,14 @@ def list_source(source: str, columns: Columns, staging: Path) -> Listing:
     if path.suffix in (".pkl", ".pickle", ".pt") or path.name.startswith("data_batch"):
         raise ValueError(f"{path} is a pickle, which can run code when it is read: save its arrays as .npy or .npz")
     raise ValueError(f"{path} is of no known kind: give {KINDS}")
+
+
+def staging_folder(out: str) -> Path:
+    """Where copies of remote and Parquet sources stay until the dataset `out` is finished."""
+    if is_url(out):
+        return Path(tempfile.gettempdir()) / f"patchmill-{hashlib.sha256(out.encode()).hexdigest()[:16]}"
+    path = Path(out).absolute()
+    return path.with_name(path.name + ".sources")
 
 
 def _local_paths(source: str, staging: Path) -> list[Path]:

@@ -13,16 +13,15 @@ from patchmill.tools.profiler.report import read
 
 UNSPREAD = 0.05
 """taken for the spread of numbers that were measured once"""
-EXAMPLE = """\
-Compares two reports of `patchmill profile`: ratios of B to A, and which of them are more than noise.
-
-  patchmill profile diff before after
-"""
 
 
 @dataclass(frozen=True)
 class DiffArgs:
-    """The options of `patchmill profile diff`."""
+    """Compares two reports of `patchmill profile`: ratios of B to A, and which of them are more than noise.
+
+    Example:
+        patchmill profile diff before after
+    """
 
     a: tyro.conf.Positional[Path]
     """Folder or report.json of before."""
@@ -56,9 +55,8 @@ class Change:
     """better, worse, or within noise"""
 
 
-def main(argv: list[str]) -> int:
-    """Runs the command."""
-    args = tyro.cli(DiffArgs, prog="patchmill profile diff", description=EXAMPLE, args=argv)
+def show(args: DiffArgs) -> int:
+    """Prints the comparison."""
     a, b = read(args.a), read(args.b)
     changes = compare(a, b)
     if not changes:

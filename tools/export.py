@@ -1,18 +1,29 @@
-"""checkpoint + run folder -> [model_card] -> README.md: what an exported model is, where it comes from, how to load it.
+"""Exports checkpoints for facebookresearch/mae, timm, transformers, detectron2, mmseg and ONNX, with a model card.
 
-The front matter is what huggingface_hub reads, so that the folder can be uploaded as it is. Paths, host names and
-addresses of the run stay out: of the data only the folder's name and the manifest's hash are told.
+trainer/checkpoints/export.py writes the files of each format; this file parses options and writes README.md, whose
+front matter huggingface_hub reads. The card gives no paths, host names or addresses of the run: of the data it names
+only the folder and the manifest's hash. The folder appears when all its files are written.
 """
 
 import json
+import sys
 import tomllib
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import tomli_w
 
 from patchmill import __version__
+from patchmill.pipeline.atomic import whole_folder
 from patchmill.pipeline.read.manifest import MANIFEST_NAME, Manifest
+from patchmill.tools import cli
+from patchmill.tools.console.options import parse
+from patchmill.tools.console.reshape import CheckpointPath, Reshape, read_reshaped
+from patchmill.trainer.checkpoints.export import Pool, write_files
+from patchmill.trainer.checkpoints.infer import Hints
+from patchmill.trainer.checkpoints.interop import build_encoder
+from patchmill.trainer.checkpoints.onnx_export import export_onnx
 from patchmill.trainer.config.model import ModelConfig
 from patchmill.trainer.config.toml import from_toml, to_toml
 from patchmill.trainer.metrics import read_metrics
@@ -31,6 +42,50 @@ USAGE = {
     "onnx": 'session = onnxruntime.InferenceSession("THIS_FOLDER/encoder.onnx")\n'
     'class_token, patch_tokens = session.run(None, {{"images": images}})  # uint8 [B, H, W, C], any B',
 }
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """Writes a checkpoint in another project's format, into a folder with a model card, ready to upload to a hub.
+
+    Example:
+        patchmill export runs/b16 --format hf --out exported/
+        patchmill export runs/b16 --format timm --to.image-size 448 --out exported448/
+    """
+
+    checkpoint: CheckpointPath
+    """run folder (newest checkpoint), checkpoints/step-XXXXXXXX, or a file or folder of any known format"""
+    format: Literal["mae", "timm", "hf", "detectron2", "mmseg", "onnx", "patchmill"]
+    """timm, detectron2, mmseg and onnx hold the encoder alone"""
+    out: str
+    """folder to make"""
+    encoder_only: bool = False
+    """leave the decoder out of mae, hf or patchmill"""
+    pool: Pool = "token"
+    """timm only: avg names the last norm fc_norm, for models that average the patches"""
+    to: Reshape = field(default_factory=Reshape)
+    source: Hints = field(default_factory=Hints)
+
+
+def main(argv: list[str]) -> int:
+    """Runs the command."""
+    config = parse(ExportConfig, "patchmill export", argv)
+    if config.pool != "token" and config.format != "timm":
+        raise ValueError(f"--pool {config.pool} is for --format timm; {config.format} has no choice of pooling")
+    checkpoint = read_reshaped(config.checkpoint, config.source, config.to, encoder_only=config.encoder_only)
+    provenance = find_provenance(checkpoint.file)
+    with whole_folder(Path(config.out)) as folder:
+        if config.format == "onnx":
+            error = export_onnx(build_encoder(checkpoint), folder)
+            print(f"onnxruntime agrees with PyTorch within {error:.1e} (relative, batches of 1 and 3)")
+            has_decoder = False
+        else:
+            write_files(folder, config.format, checkpoint, pool=config.pool)
+            has_decoder = checkpoint.has_decoder and config.format in ("mae", "hf", "patchmill")
+        write_card(folder, config.format, checkpoint.config, has_decoder, provenance)
+    files = ", ".join(sorted(path.name for path in Path(config.out).iterdir()))
+    print(f"wrote {config.out} ({config.format}, {'whole model' if has_decoder else 'encoder'}): {files}")
+    return 0
 
 
 class Provenance(NamedTuple):
@@ -140,3 +195,7 @@ def _bare_name(path: str) -> str:
 
 def _numbers(values: tuple[float, ...]) -> str:
     return " ".join(f"{value:g}" for value in values)
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run("export", sys.argv[1:]))
