@@ -4,8 +4,8 @@ import dataclasses
 
 import pytest
 
-from patchmill.trainer.config.model import ModelConfig
 from patchmill.tools.console.pretrain_options import parse_pretrain
+from patchmill.trainer.config.model import ModelConfig
 from patchmill.trainer.config.pretrain import PretrainConfig
 from patchmill.trainer.config.toml import from_toml, to_toml
 from patchmill.trainer.flops import train_flops_per_image
