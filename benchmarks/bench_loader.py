@@ -22,10 +22,10 @@ import torch
 
 from benchmarks.loaders import BATCH, LOADERS
 from benchmarks.pages import results_folder
+from patchmill.pipeline.config import MaskConfig
 from patchmill.pipeline.decode import cpu as decode_cpu
 from patchmill.pipeline.loader import DataConfig, Loader, build_loader
 from patchmill.pipeline.plan.feed import Feeder
-from patchmill.pipeline.plan.masks import MaskConfig
 from patchmill.pipeline.read.manifest import open_dataset
 from patchmill.pipeline.read.shards import ShardReader
 from patchmill.tools.packing.beton import write_beton

@@ -23,7 +23,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.pages import markdown_table, write_page
 from benchmarks.steps import RECIPES, random_images
-from patchmill.pipeline.plan.masks import MaskConfig, MaskPlan
+from patchmill.pipeline.config import MaskConfig
+from patchmill.pipeline.plan.masks import MaskPlan
 from patchmill.tools.profiler.machine import today
 from patchmill.tools.profiler.timing import Measured, Neighbours, environment, timed_in_turns
 from patchmill.trainer.config.model import ModelConfig

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from PIL import Image
 
+from patchmill.pipeline.config import MaskConfig
 from patchmill.pipeline.loader import DataConfig, build_loader
-from patchmill.pipeline.plan.masks import MaskConfig
 
 SIDE, BATCH = 224, 64
 SCALE, RATIO = (0.2, 1.0), (3 / 4, 4 / 3)

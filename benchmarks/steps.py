@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from benchmarks.published_mae import PublishedMAE
 from patchmill.pipeline.batch import Batch
-from patchmill.pipeline.plan.masks import MaskConfig, MaskPlan
+from patchmill.pipeline.config import MaskConfig
+from patchmill.pipeline.plan.masks import MaskPlan
 from patchmill.trainer.config.model import ModelConfig
 from patchmill.trainer.engine.cuda_graph import EAGER_STEPS, GraphedUpdate
 from patchmill.trainer.engine.optim import build_optimizer, parameter_groups

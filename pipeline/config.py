@@ -1,7 +1,11 @@
 """command line -> [data_config] -> loader: everything that can be set about the data."""
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+MaskKind = Literal["random", "block", "grid", "square"]
+KINDS: tuple[MaskKind, ...] = get_args(MaskKind)
 
 
 @dataclass(frozen=True)
@@ -81,6 +85,61 @@ class DataConfig:
             raise ValueError(f"data.colour_jitter must be in [0, 1], got {self.colour_jitter}")
         if self.workers < 0:
             raise ValueError(f"data.workers must be 0 (one for each core) or more, got {self.workers}")
+
+
+@dataclass(frozen=True)
+class MaskConfig:
+    """How patches are masked.
+
+    Attributes:
+        kind: "random" (the paper's default), "block" (one or more rectangles, as BEiT), "grid" (keeps one of four) or
+            "square" (one square at a random place, as SimMIM's).
+        ratio: share of patches that are masked; K = int(L * (1 - ratio)). Grid masks ignore it: theirs is about 0.75.
+            The side of a square is the whole number nearest to it.
+        cell: patches on a side of the squares that are masked or kept as one, whatever the kind (SimMIM masks 32 px at
+            a time: 2 patches of 16). L above is then the number of cells.
+    """
+
+    kind: MaskKind = "random"
+    ratio: float = 0.75
+    cell: int = 1
+
+    def __post_init__(self) -> None:
+        check_choices(self, "mask")
+        if not 0.0 <= self.ratio < 1.0:
+            raise ValueError(f"mask.ratio must be in [0, 1), got {self.ratio}")
+        if self.cell < 1:
+            raise ValueError(f"mask.cell must be at least 1, got {self.cell}")
+
+    def cells(self, grid_hw: tuple[int, int]) -> tuple[int, int]:
+        """Cells down and across. Raises ValueError where they do not fill the grid of patches."""
+        rows, columns = grid_hw
+        if rows % self.cell or columns % self.cell:
+            raise ValueError(
+                f"mask.cell {self.cell} does not divide the grid of {rows} x {columns} patches; take a divisor of both"
+            )
+        return rows // self.cell, columns // self.cell
+
+    def square_side(self, grid_hw: tuple[int, int]) -> int:
+        """Of square masks: cells on a side."""
+        rows, columns = self.cells(grid_hw)
+        return min(round(math.sqrt(self.ratio * rows * columns)), rows, columns)
+
+    def kept(self, grid_hw: tuple[int, int]) -> int:
+        """K: patches that are kept of an image with that grid. Raises ValueError as `cells`."""
+        rows, columns = self.cells(grid_hw)
+        if self.kind == "grid":
+            kept = -(-rows // 2) * -(-columns // 2)
+        elif self.kind == "square":
+            kept = rows * columns - self.square_side(grid_hw) ** 2
+        else:
+            kept = kept_patches(rows * columns, self.ratio)
+        return kept * self.cell**2
+
+
+def kept_patches(num_patches: int, mask_ratio: float) -> int:
+    """K = int(L * (1 - ratio)) as published, rounding of the floating-point product included."""
+    return int(num_patches * (1 - mask_ratio))
 
 
 def check_choices(config: Any, section: str) -> None:

@@ -22,13 +22,14 @@ from torch import Tensor
 
 from patchmill.pipeline.batch import Batch
 from patchmill.pipeline.config import DataConfig as DataConfig
+from patchmill.pipeline.config import MaskConfig
 from patchmill.pipeline.decode.colour import jitter, jitter_factors
 from patchmill.pipeline.decode.cpu import CpuDecoder
 from patchmill.pipeline.decode.dali import DaliDecoder
 from patchmill.pipeline.decode.resident import ResidentDecoder
 from patchmill.pipeline.observe import NOBODY, Observer
 from patchmill.pipeline.plan.feed import StepPlan
-from patchmill.pipeline.plan.masks import MaskConfig, MaskPlan
+from patchmill.pipeline.plan.masks import MaskPlan
 from patchmill.pipeline.plan.open_data import open_feeder
 from patchmill.pipeline.plan.stream import AnyFeeder
 from patchmill.pipeline.read.threads import Prefetcher

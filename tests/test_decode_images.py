@@ -9,9 +9,9 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
+from patchmill.pipeline.config import MaskConfig
 from patchmill.pipeline.decode.cpu import INTERPOLATIONS
 from patchmill.pipeline.loader import DataConfig, build_loader
-from patchmill.pipeline.plan.masks import MaskConfig
 from patchmill.pipeline.read.image import decode_image, displayed_size, is_plain
 from patchmill.pipeline.read.tiff import write_tiff
 from tests.support.photos import jpeg, make_dataset, photo_crop

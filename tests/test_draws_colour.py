@@ -5,9 +5,9 @@ import pytest
 import torch
 from PIL import Image, ImageEnhance
 
+from patchmill.pipeline.config import MaskConfig
 from patchmill.pipeline.decode.colour import jitter, jitter_factors
 from patchmill.pipeline.loader import DataConfig, build_loader
-from patchmill.pipeline.plan.masks import MaskConfig
 from tests.support.photos import make_dataset
 
 

@@ -8,9 +8,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from patchmill.pipeline.config import DataConfig
+from patchmill.pipeline.config import DataConfig, MaskConfig
 from patchmill.pipeline.loader import build_loader
-from patchmill.pipeline.plan.masks import MaskConfig
 from patchmill.pipeline.read.manifest import open_dataset
 from patchmill.tools import cli
 from patchmill.trainer.checkpoints.interop import build_encoder, write_checkpoint

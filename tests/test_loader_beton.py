@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
+from patchmill.pipeline.config import MaskConfig
 from patchmill.pipeline.loader import DataConfig, build_loader
-from patchmill.pipeline.plan.masks import MaskConfig
 from patchmill.pipeline.read.beton import BetonReader
 from patchmill.pipeline.read.image import decode_image
 from patchmill.pipeline.read.shards import BadSample

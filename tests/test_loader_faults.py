@@ -14,8 +14,8 @@ import pytest
 import torch
 from PIL import Image
 
+from patchmill.pipeline.config import MaskConfig
 from patchmill.pipeline.loader import DataConfig, build_loader
-from patchmill.pipeline.plan.masks import MaskConfig
 from patchmill.pipeline.read.manifest import open_dataset
 from patchmill.pipeline.read.shards import ShardReader
 from tests.support.photos import jpeg, make_dataset, photo_crop

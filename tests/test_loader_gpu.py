@@ -13,8 +13,8 @@ pytest.importorskip("simplejpeg", reason="photographs are encoded with it; docs/
 pytest.importorskip("skimage", reason="its photographs are the test images")
 pytest.importorskip("dacite", reason="a run writes its config with it")
 
+from patchmill.pipeline.config import MaskConfig
 from patchmill.pipeline.loader import BatchMaker, DataConfig, build_loader
-from patchmill.pipeline.plan.masks import MaskConfig
 from patchmill.trainer.pretrain import pretrain
 from patchmill.trainer.recipes.pretrain import get_recipe, with_options
 from tests.support.photos import make_dataset

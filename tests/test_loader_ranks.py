@@ -9,8 +9,8 @@ import pytest
 import torch
 import torch.distributed
 
+from patchmill.pipeline.config import MaskConfig
 from patchmill.pipeline.loader import DataConfig, build_loader
-from patchmill.pipeline.plan.masks import MaskConfig
 from tests.support.photos import make_dataset
 from tests.support.ranks import next_world, run_ranks
 

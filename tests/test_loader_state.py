@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
+from patchmill.pipeline.config import MaskConfig
 from patchmill.pipeline.loader import DataConfig, build_loader
-from patchmill.pipeline.plan.masks import MaskConfig
 from tests.support.photos import make_dataset
 
 SAMPLES, BATCH = 22, 8

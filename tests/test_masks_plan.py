@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from patchmill.pipeline.plan.masks import MaskConfig, MaskPlan
+from patchmill.pipeline.config import MaskConfig
+from patchmill.pipeline.plan.masks import MaskPlan
 
 
 def published_random_masking(noise, mask_ratio):

@@ -11,7 +11,8 @@ from test_world_ranks import assert_close_runs, config_of
 from torch.utils.flop_counter import FlopCounterMode
 
 from patchmill.pipeline.batch import Batch
-from patchmill.pipeline.plan.masks import MaskConfig, MaskPlan
+from patchmill.pipeline.config import MaskConfig
+from patchmill.pipeline.plan.masks import MaskPlan
 from patchmill.trainer.checkpoints import checkpoint
 from patchmill.trainer.checkpoints.interop import load_encoder, read_checkpoint
 from patchmill.trainer.config.model import ModelConfig

@@ -3,7 +3,8 @@
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from patchmill.pipeline.plan.masks import MaskConfig, MaskPlan
+from patchmill.pipeline.config import MaskConfig
+from patchmill.pipeline.plan.masks import MaskPlan
 from patchmill.trainer.config.model import ModelConfig
 from patchmill.trainer.model.mae import MaskedAutoencoder
 

@@ -6,7 +6,8 @@ import torch
 from PIL import Image
 
 from patchmill.pipeline.batch import Batch
-from patchmill.pipeline.plan.masks import MaskConfig, MaskPlan
+from patchmill.pipeline.config import MaskConfig
+from patchmill.pipeline.plan.masks import MaskPlan
 from patchmill.tools import cli
 from patchmill.tools.reconstruct import mask_columns, parse_mask
 from patchmill.trainer.checkpoints.interop import build_encoder, write_checkpoint

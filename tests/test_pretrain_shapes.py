@@ -8,8 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
+from patchmill.pipeline.config import MaskConfig
 from patchmill.pipeline.loader import DataConfig, build_loader
-from patchmill.pipeline.plan.masks import MaskConfig
 from patchmill.tools import cli
 from patchmill.trainer.checkpoints.checkpoint import load_model
 from patchmill.trainer.evaluate.reconstruct import reconstruct

@@ -9,7 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from patchmill.pipeline.plan.masks import MaskConfig, MaskPlan
+from patchmill.pipeline.config import MaskConfig
+from patchmill.pipeline.plan.masks import MaskPlan
 from patchmill.trainer import metrics
 from patchmill.trainer.checkpoints import checkpoint
 from patchmill.trainer.config.size_schedule import first_steps, size_at

@@ -7,8 +7,8 @@ import socket
 
 import pytest
 
+from patchmill.pipeline.config import MaskConfig
 from patchmill.pipeline.loader import DataConfig, build_loader
-from patchmill.pipeline.plan.masks import MaskConfig
 from patchmill.pipeline.read import remote
 from patchmill.pipeline.read.connection import open_stream
 from tests.support.http_server import has_ipv6, serve

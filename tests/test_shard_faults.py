@@ -5,9 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from patchmill.pipeline.config import DataConfig
+from patchmill.pipeline.config import DataConfig, MaskConfig
 from patchmill.pipeline.loader import build_loader
-from patchmill.pipeline.plan.masks import MaskConfig
 from patchmill.pipeline.read.manifest import QUARANTINE_NAME, ImageFormat, open_dataset
 from patchmill.tools.packing.listing import list_folder
 from patchmill.tools.packing.normalise import Packed, Policy, normalise

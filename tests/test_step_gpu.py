@@ -14,7 +14,8 @@ from test_golden_mae import CASES, load_case, relative
 
 from benchmarks.published_mae import PublishedMAE
 from patchmill.pipeline.batch import Batch
-from patchmill.pipeline.plan.masks import MaskConfig, MaskPlan
+from patchmill.pipeline.config import MaskConfig
+from patchmill.pipeline.plan.masks import MaskPlan
 from patchmill.trainer.config.model import ModelConfig
 from patchmill.trainer.config.pretrain import OptimConfig
 from patchmill.trainer.engine.cuda_graph import EAGER_STEPS, GraphedUpdate

@@ -7,8 +7,8 @@ import tarfile
 import pytest
 import torch
 
+from patchmill.pipeline.config import MaskConfig
 from patchmill.pipeline.loader import DataConfig, build_loader
-from patchmill.pipeline.plan.masks import MaskConfig
 from patchmill.pipeline.plan.stream import label_of
 from patchmill.pipeline.read import connection as streams
 from patchmill.pipeline.read.tar import TarDamage, tar_members, tar_samples

@@ -7,9 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from patchmill.pipeline.config import DataConfig
+from patchmill.pipeline.config import DataConfig, MaskConfig
 from patchmill.pipeline.loader import build_loader
-from patchmill.pipeline.plan.masks import MaskConfig
 from patchmill.trainer.config.model import ModelConfig
 from patchmill.trainer.config.pretrain import OptimConfig, PretrainConfig, TrainConfig
 from patchmill.trainer.config.toml import from_toml, to_toml

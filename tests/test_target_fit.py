@@ -15,7 +15,8 @@ from test_step_update import ALONE, CPU
 from test_world_ranks import config_of
 
 from patchmill.pipeline.batch import Batch
-from patchmill.pipeline.plan.masks import MaskConfig, MaskPlan
+from patchmill.pipeline.config import MaskConfig
+from patchmill.pipeline.plan.masks import MaskPlan
 from patchmill.tools import cli
 from patchmill.trainer.checkpoints import checkpoint
 from patchmill.trainer.config.model import ModelConfig

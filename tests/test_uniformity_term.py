@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from test_world_ranks import config_of
 
-from patchmill.pipeline.plan.masks import MaskConfig, MaskPlan
+from patchmill.pipeline.config import MaskConfig
+from patchmill.pipeline.plan.masks import MaskPlan
 from patchmill.trainer.checkpoints import checkpoint
 from patchmill.trainer.checkpoints.model_file import parse_model_config
 from patchmill.trainer.config.model import ModelConfig

@@ -16,9 +16,8 @@ import torch
 from numpy.typing import NDArray
 
 from patchmill.pipeline.atomic import whole_file
-from patchmill.pipeline.config import DataConfig
+from patchmill.pipeline.config import DataConfig, MaskConfig
 from patchmill.pipeline.loader import Loader, build_loader
-from patchmill.pipeline.plan.masks import MaskConfig
 from patchmill.tools import cli
 from patchmill.tools.console.options import parse, require_data
 from patchmill.tools.console.progress import progress_bar

@@ -6,8 +6,7 @@ from typing import Literal
 
 import torch
 
-from patchmill.pipeline.config import DataConfig
-from patchmill.pipeline.plan.masks import MaskConfig
+from patchmill.pipeline.config import DataConfig, MaskConfig
 from patchmill.tools import cli
 from patchmill.tools.console.options import parse
 from patchmill.tools.console.pictures import check_picture, first_batch

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from patchmill.pipeline.batch import Batch
-from patchmill.pipeline.config import DataConfig
-from patchmill.pipeline.plan.masks import KINDS, MaskConfig, MaskPlan
+from patchmill.pipeline.config import KINDS, DataConfig, MaskConfig
+from patchmill.pipeline.plan.masks import MaskPlan
 from patchmill.tools import cli
 from patchmill.tools.console.options import parse
 from patchmill.tools.console.pictures import check_picture, first_batch

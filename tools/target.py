@@ -18,9 +18,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from patchmill.pipeline.atomic import whole_file
-from patchmill.pipeline.config import DataConfig
+from patchmill.pipeline.config import DataConfig, MaskConfig
 from patchmill.pipeline.loader import build_loader
-from patchmill.pipeline.plan.masks import MaskConfig
 from patchmill.tools import cli
 from patchmill.tools.console.options import parse, require_data, split_off
 from patchmill.tools.console.progress import progress_bar

@@ -5,7 +5,7 @@ Values stay on the device until a log step; then one copy brings them over, and 
 
 import torch
 
-from patchmill.pipeline.plan.masks import MaskConfig
+from patchmill.pipeline.config import MaskConfig
 from patchmill.trainer.config.model import ModelConfig
 
 PEAK_BF16_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "B200": 2250e12}

@@ -6,69 +6,14 @@ Legend: B images, L patches, K kept, M masked (K + M = L). `ids_restore` undoes 
     patch 0 stands at place 1 of [2, 0, 3, 1], patch 1 at place 3, patch 2 at place 0, patch 3 at place 2.
 """
 
-import math
 from dataclasses import dataclass
-from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from patchmill.kernels.permute import block_mask_indices, grid_mask_indices, mask_indices, square_mask_indices
 from patchmill.kernels.reference import MaskIndices
-from patchmill.pipeline.config import check_choices
-
-MaskKind = Literal["random", "block", "grid", "square"]
-KINDS: tuple[MaskKind, ...] = get_args(MaskKind)
-
-
-@dataclass(frozen=True)
-class MaskConfig:
-    """How patches are masked.
-
-    Attributes:
-        kind: "random" (the paper's default), "block" (one or more rectangles, as BEiT), "grid" (keeps one of four) or
-            "square" (one square at a random place, as SimMIM's).
-        ratio: share of patches that are masked; K = int(L * (1 - ratio)). Grid masks ignore it: theirs is about 0.75.
-            The side of a square is the whole number nearest to it.
-        cell: patches on a side of the squares that are masked or kept as one, whatever the kind (SimMIM masks 32 px at
-            a time: 2 patches of 16). L above is then the number of cells.
-    """
-
-    kind: MaskKind = "random"
-    ratio: float = 0.75
-    cell: int = 1
-
-    def __post_init__(self) -> None:
-        check_choices(self, "mask")
-        if not 0.0 <= self.ratio < 1.0:
-            raise ValueError(f"mask.ratio must be in [0, 1), got {self.ratio}")
-        if self.cell < 1:
-            raise ValueError(f"mask.cell must be at least 1, got {self.cell}")
-
-    def cells(self, grid_hw: tuple[int, int]) -> tuple[int, int]:
-        """Cells down and across. Raises ValueError where they do not fill the grid of patches."""
-        rows, columns = grid_hw
-        if rows % self.cell or columns % self.cell:
-            raise ValueError(
-                f"mask.cell {self.cell} does not divide the grid of {rows} x {columns} patches; take a divisor of both"
-            )
-        return rows // self.cell, columns // self.cell
-
-    def square_side(self, grid_hw: tuple[int, int]) -> int:
-        """Of square masks: cells on a side."""
-        rows, columns = self.cells(grid_hw)
-        return min(round(math.sqrt(self.ratio * rows * columns)), rows, columns)
-
-    def kept(self, grid_hw: tuple[int, int]) -> int:
-        """K: patches that are kept of an image with that grid. Raises ValueError as `cells`."""
-        rows, columns = self.cells(grid_hw)
-        if self.kind == "grid":
-            kept = -(-rows // 2) * -(-columns // 2)
-        elif self.kind == "square":
-            kept = rows * columns - self.square_side(grid_hw) ** 2
-        else:
-            kept = kept_patches(rows * columns, self.ratio)
-        return kept * self.cell**2
+from patchmill.pipeline.config import MaskConfig, kept_patches
 
 
 @dataclass(frozen=True)
@@ -158,8 +103,3 @@ def _patches_of(ids: MaskIndices, cells_hw: tuple[int, int], cell: int) -> MaskI
     keep_BK, mask_BM, restore_BL = ids
     restore = restore_BL.view(-1, rows, 1, columns, 1) * cell**2 + place_11[:, None]
     return patches(keep_BK), patches(mask_BM), restore.flatten(1)
-
-
-def kept_patches(num_patches: int, mask_ratio: float) -> int:
-    """K = int(L * (1 - ratio)) as published, rounding of the floating-point product included."""
-    return int(num_patches * (1 - mask_ratio))

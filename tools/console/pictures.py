@@ -6,9 +6,8 @@ from pathlib import Path
 import torch
 
 from patchmill.pipeline.batch import Batch
-from patchmill.pipeline.config import DataConfig
+from patchmill.pipeline.config import DataConfig, MaskConfig
 from patchmill.pipeline.loader import build_loader
-from patchmill.pipeline.plan.masks import MaskConfig
 from patchmill.tools.console.options import require_data
 from patchmill.trainer.config.model import ModelConfig
 

@@ -8,8 +8,7 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Literal
 
-from patchmill.pipeline.config import DataConfig
-from patchmill.pipeline.plan.masks import MaskConfig
+from patchmill.pipeline.config import DataConfig, MaskConfig
 from patchmill.trainer.config.model import ModelConfig
 from patchmill.trainer.config.size_schedule import Schedule, check_schedule
 

@@ -15,9 +15,8 @@ import torch
 from torch import Tensor
 
 from patchmill.pipeline.batch import Batch
-from patchmill.pipeline.config import DataConfig
+from patchmill.pipeline.config import DataConfig, MaskConfig
 from patchmill.pipeline.loader import Loader, build_loader
-from patchmill.pipeline.plan.masks import MaskConfig
 from patchmill.pipeline.plan.order import EpochOrder, SequentialOrder
 from patchmill.pipeline.read.manifest import open_dataset
 from patchmill.trainer.config.evaluate import TestConfig
