@@ -55,7 +55,7 @@ def test_every_flipped_bit_is_found(dataset, capsys):
         changed[position] ^= 1 << int(rng.integers(8))
         tar.write_bytes(changed)
         lines = faults(dataset, capsys)
-        assert "shard-000001.tar: its sha256 is not the manifest's" in lines
+        assert "shard-000001.tar: its sha256 differs from the manifest's" in lines
 
 
 def test_flipped_bit_in_an_image_names_the_sample(dataset, capsys):
@@ -65,7 +65,8 @@ def test_flipped_bit_in_an_image_names_the_sample(dataset, capsys):
     data = bytearray(tar.read_bytes())
     data[int(opened.samples[index]["offset"]) + 500] ^= 4
     tar.write_bytes(data)
-    assert f"shard-000001.tar: sample {index}: its crc32 is wrong: the bytes were changed" in faults(dataset, capsys)
+    lines = faults(dataset, capsys)
+    assert any(line.startswith(f"shard-000001.tar: sample {index}: crc32 is ") for line in lines)
 
 
 @pytest.mark.parametrize("keep", [0.5, 0.95])
@@ -75,7 +76,7 @@ def test_cut_tar(dataset, capsys, keep):
     tar.write_bytes(data[: int(len(data) * keep)])
     text = "\n".join(faults(dataset, capsys))
     assert "shard-000000.tar: " in text
-    assert "where the manifest means" in text
+    assert "shard-000000.tar: expected " in text
     assert "cut short" in text
 
 
@@ -123,11 +124,11 @@ def test_changed_table(dataset, capsys):
     samples["offset"][6] = 2**63 + 5
     np.save(path, samples)
     text = "\n".join(faults(dataset, capsys))
-    assert "samples.npy: its sha256 is not the manifest's" in text
-    assert "sample 3: the table's place is no image of the tar" in text
+    assert "samples.npy: its sha256 differs from the manifest's" in text
+    assert "sample 3: no image of the tar has the table's offset and size" in text
     assert "labels outside" in text
-    assert "sample 5: is " in text
-    assert "sample 6: lies past the end of the tar" in text
+    assert "sample 5: expected " in text
+    assert "sample 6: reaches past the end of the tar" in text
 
 
 def test_cut_table(dataset, capsys):
@@ -140,5 +141,5 @@ def test_strange_tar_and_missing_names(dataset, capsys):
     (dataset / "shard-000099.tar").write_bytes(b"")
     (dataset / "names.jsonl").write_text('"one"\n')
     text = "\n".join(faults(dataset, capsys))
-    assert "shard-000099.tar: a tar that the manifest does not have" in text
-    assert "names.jsonl: 1 names for 30 samples" in text
+    assert "shard-000099.tar: a tar that the manifest does not list" in text
+    assert "names.jsonl: expected 30 names, found 1" in text

@@ -6,25 +6,23 @@ table, so that training never meets it; quarantine.jsonl names it.
 
 import hashlib
 import zlib
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
-from typing import Annotated, Any, BinaryIO
+from typing import Annotated, Any
 
 import tyro
 
-from patchmill.pipeline.read.manifest import MANIFEST_NAME, ImageFormat, Manifest
-from patchmill.pipeline.read.tar import TarDamage, TarMember, image_format, index_of, split_key, walk_tar
+from patchmill.pipeline.read.manifest import MANIFEST_NAME, ImageFormat, Manifest, index_name
+from patchmill.pipeline.read.tar import TarDamage, image_format, index_of, split_key, walk_tar
 from patchmill.tools.console.options import parse
 from patchmill.tools.console.progress import track
 from patchmill.tools.packing.destination import LocalStore
 from patchmill.tools.packing.join import write_tables
-from patchmill.tools.packing.list_archives import numbered_labels
+from patchmill.tools.packing.listing import numbered_labels
 from patchmill.tools.packing.normalise import Packed, Policy, normalise
-from patchmill.tools.packing.pack_dataset import processors
 from patchmill.tools.packing.pack_shard import PixelSums
 from patchmill.tools.packing.strict_decode import Rejected
+from patchmill.tools.packing.workers import map_in_processes
 
 
 @dataclass(frozen=True)
@@ -67,13 +65,8 @@ def index_tars(tars: list[Path], args: IndexArgs) -> Manifest:
     """Reads all tars and writes the tables; ValueError for a damaged tar or when no image is left."""
     store = LocalStore(args.folder, args.folder)
     jobs = [(tar, args.max_pixels) for tar in tars]
-    workers = min(args.workers or processors(), len(tars))
-    if workers == 1:
-        found = [index_tar(job) for job in track(jobs, "reading", len(jobs))]
-    else:
-        with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
-            results = pool.map(index_tar, jobs)
-            found = list(track(results, "reading", len(jobs)))
+    results = map_in_processes(index_tar, jobs, args.workers)
+    found = list(track(results, "reading", len(jobs)))
     if (damaged := [record["damage"] for record in found if "damage" in record]) and not args.skip_damaged:
         raise ValueError(f"{damaged[0]}: mend or remove it, or give --skip-damaged (leaves out {len(damaged)} tars)")
     records = [record for record in found if record.get("rows")]
@@ -81,7 +74,7 @@ def index_tars(tars: list[Path], args: IndexArgs) -> Manifest:
         raise ValueError(f"none of the {len(tars)} tars in {args.folder} holds an image that can be read")
     classes = _class_names(args.folder / MANIFEST_NAME, _number_labels(records))
     for record in records:
-        store.write_text(record["name"].removesuffix(".tar") + ".idx", record["index"])
+        store.write_text(index_name(record["name"]), record["index"])
     left_out = [entry for record in found for entry in record.get("left_out", [])]
     left_out += [{"name": text, "kind": "bad", "reason": "damaged tar"} for text in damaged]
     return write_tables(store, records, options={"indexed": True}, classes=classes, plan_sha256="", left_out=left_out)
@@ -102,7 +95,7 @@ def index_tar(job: tuple[Path, int]) -> dict[str, Any]:
             format = image_format(member.name)
             if format is None:
                 continue
-            data = _content(file, member)
+            data = member.read(file)
             try:
                 packed = checked(data, format, max_pixels)
             except Rejected as rejected:
@@ -116,7 +109,7 @@ def index_tar(job: tuple[Path, int]) -> dict[str, Any]:
             names.append(f"{path.name}/{member.name}")
             split = split_key(member.name)
             label = written.get(f"{split[0]}.cls") if split else None
-            labels.append(_content(file, label).decode("utf-8", "replace").strip() if label else "")
+            labels.append(label.read(file).decode("utf-8", "replace").strip() if label else "")
         size = file.seek(0, 2)
         file.seek(0)
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
@@ -158,8 +151,3 @@ def _class_names(manifest: Path, numbers: list[str]) -> list[str]:
     except ValueError:
         return numbers
     return classes if len(classes) >= len(numbers) else numbers
-
-
-def _content(file: BinaryIO, member: TarMember) -> bytes:
-    file.seek(member.offset)
-    return file.read(member.size)

@@ -16,13 +16,14 @@ from typing import Annotated, Any
 import numpy as np
 import tyro
 
-from patchmill.pipeline.read.manifest import NAMES_NAME, QUARANTINE_NAME, Dataset, Manifest, open_dataset
+from patchmill.pipeline.read.manifest import NAMES_NAME, QUARANTINE_NAME, Dataset, Manifest, index_name, open_dataset
 from patchmill.tools.console.options import parse
 from patchmill.tools.console.report import print_packed
 from patchmill.tools.packing.destination import LocalStore, store_at
-from patchmill.tools.packing.join import index_name, write_tables
+from patchmill.tools.packing.join import write_tables
 from patchmill.tools.packing.open_source import staging_folder
 from patchmill.tools.packing.pack_dataset import join
+from patchmill.tools.packing.plan import shard_name
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ def join_datasets(datasets: list[Dataset], store: LocalStore) -> Manifest:
     left_out: list[dict[str, str]] = []
     for dataset in datasets:
         for record in dataset_records(dataset):
-            name = f"shard-{len(records):06d}.tar"
+            name = shard_name(len(records))
             for old, new in ((record["name"], name), (index_name(record["name"]), index_name(name))):
                 link_or_copy(dataset.root / old, store.root / new)
             records.append(record | {"name": name})

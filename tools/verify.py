@@ -1,16 +1,13 @@
-"""dataset -> [patchmill verify] -> every fault by name: reads what training will read, and believes nothing.
+"""Checks everything that training reads of a dataset, and names each fault.
 
-Per shard: the sha256 of the tar, the tar's own structure, the index line by line against the members that are really
-there, and the sample table against both. Per image (all, or a random part): crc32, and a strict decode with the size
-that the table gives. Exit code 1 when anything is wrong.
+Per shard: the sha256 of the tar, the tar's structure, the index line by line against the members that are there, and
+the sample table against both. Per image (all, or a random part): size, crc32, markers, and a strict decode that must
+give the width and height of the table. Exit code 1 when anything is wrong.
 """
 
 import hashlib
-import zlib
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Annotated, BinaryIO
 
@@ -29,12 +26,13 @@ from patchmill.pipeline.read.manifest import (
     open_samples,
     read_manifest,
 )
+from patchmill.pipeline.read.shards import fault
 from patchmill.pipeline.read.tar import TarDamage, TarMember, image_format, index_of, walk_tar
 from patchmill.tools.console.options import parse
 from patchmill.tools.console.progress import track
-from patchmill.tools.packing.pack_dataset import processors
 from patchmill.tools.packing.plan import shuffle_keys
 from patchmill.tools.packing.strict_decode import decode
+from patchmill.tools.packing.workers import map_in_processes
 
 
 @dataclass(frozen=True)
@@ -51,11 +49,11 @@ class VerifyArgs:
     sample: float = 1.0
     """Fraction of the images to decode; tars, indexes and tables are always checked whole."""
     seed: int = 0
-    """Of that choice."""
+    """Seed of that choice."""
     workers: int = 0
     """Processes; 0 is one per processor."""
     max_shown: int = 50
-    """Faults to print; their number is always told."""
+    """Faults to print; their total is always given."""
 
 
 def main(argv: list[str]) -> int:
@@ -64,12 +62,12 @@ def main(argv: list[str]) -> int:
     if not 0 <= args.sample <= 1:
         raise ValueError(f"--sample {args.sample} is not between 0 and 1")
     manifest = read_manifest(args.dataset)
-    checks = verify(args.dataset, manifest, args.sample, args.seed, args.workers or processors())
+    checks = verify(args.dataset, manifest, args.sample, args.seed, args.workers)
     faults = []
     for found in track(checks, "verifying", len(manifest.shards) + 1):
         faults += found
-    for fault in faults[: args.max_shown]:
-        print(fault)
+    for line in faults[: args.max_shown]:
+        print(line)
     if len(faults) > args.max_shown:
         print(f"... and {len(faults) - args.max_shown} more")
     checked = "all" if args.sample == 1 else f"{args.sample:.2%} of"
@@ -79,7 +77,7 @@ def main(argv: list[str]) -> int:
 
 
 def verify(root: Path, manifest: Manifest, sample: float, seed: int, workers: int) -> Iterator[list[str]]:
-    """Yields the faults of the tables, then those of each shard, as lines that begin with the file at fault."""
+    """Yields the faults of the tables, then those of each shard; each line begins with the name of the damaged file."""
     faults, samples = check_tables(root, manifest)
     yield faults
     starts = np.cumsum([0, *(shard.samples for shard in manifest.shards)]).tolist()
@@ -89,19 +87,15 @@ def verify(root: Path, manifest: Manifest, sample: float, seed: int, workers: in
         )
         for number, (shard, first) in enumerate(zip(manifest.shards, starts, strict=False))
     ]
-    if workers == 1 or len(tasks) == 1:
-        yield from map(check_shard, tasks)
-        return
-    with ProcessPoolExecutor(min(workers, len(tasks)), get_context("spawn")) as pool:
-        yield from pool.map(check_shard, tasks)
+    yield from map_in_processes(check_shard, tasks, workers)
 
 
 def check_tables(root: Path, manifest: Manifest) -> tuple[list[str], np.ndarray | None]:
-    """(faults, sample table or None): counts, checksum and ranges of what lies beside the shards."""
+    """(faults, sample table or None): checks the counts and checksums of the files next to the shards."""
     faults = []
     counted = sum(shard.samples for shard in manifest.shards)
     if counted != manifest.num_samples:
-        faults.append(f"{MANIFEST_NAME}: counts {manifest.num_samples} samples, its shards {counted}")
+        faults.append(f"{MANIFEST_NAME}: num_samples is {manifest.num_samples}, its shards add up to {counted}")
     path = root / SAMPLES_NAME
     try:
         samples = open_samples(path, manifest.num_samples)
@@ -109,12 +103,12 @@ def check_tables(root: Path, manifest: Manifest) -> tuple[list[str], np.ndarray 
         return [*faults, str(error)], None
     with path.open("rb") as file:
         if hashlib.file_digest(file, "sha256").hexdigest() != manifest.samples_sha256:
-            faults.append(f"{SAMPLES_NAME}: its sha256 is not the manifest's")
+            faults.append(f"{SAMPLES_NAME}: its sha256 differs from the manifest's")
     names = root / NAMES_NAME
     if names.is_file() and (lines := names.read_bytes().count(b"\n")) != manifest.num_samples:
-        faults.append(f"{NAMES_NAME}: {lines} names for {manifest.num_samples} samples")
+        faults.append(f"{NAMES_NAME}: expected {manifest.num_samples} names, found {lines}")
     strangers = {path.name for path in root.glob("*.tar")} - {shard.name for shard in manifest.shards}
-    faults += [f"{name}: a tar that the manifest does not have" for name in sorted(strangers)]
+    faults += [f"{name}: a tar that the manifest does not list" for name in sorted(strangers)]
     return faults, samples
 
 
@@ -157,14 +151,14 @@ def check_shard(check: ShardCheck) -> list[str]:
     if (rows["shard"] != check.number).any():
         faults.append(f"{SAMPLES_NAME}: rows {check.first} to {check.first + len(rows) - 1} are not all of {name}")
     if (rows["label"] < -1).any() or (check.classes and (rows["label"] >= check.classes).any()):
-        faults.append(f"{SAMPLES_NAME}: labels outside the {check.classes} classes among the rows of {name}")
+        faults.append(f"{SAMPLES_NAME}: rows of {name} have labels outside the {check.classes} classes")
     with path.open("rb") as file:
         size = file.seek(0, 2)
         if size != check.shard.bytes:
-            faults.append(f"{name}: {size} bytes where the manifest means {check.shard.bytes}")
+            faults.append(f"{name}: expected {check.shard.bytes} bytes, found {size}")
         file.seek(0)
         if hashlib.file_digest(file, "sha256").hexdigest() != check.shard.sha256:
-            faults.append(f"{name}: its sha256 is not the manifest's")
+            faults.append(f"{name}: its sha256 differs from the manifest's")
         try:
             members = list(walk_tar(file))
         except TarDamage as damage:
@@ -175,23 +169,23 @@ def check_shard(check: ShardCheck) -> list[str]:
 
 
 def _check_members(members: list[TarMember], rows: np.ndarray, check: ShardCheck) -> list[str]:
-    """The table's offsets, sizes and formats against the members that are there."""
+    """Compares the table's offsets, sizes and formats with the members of the tar."""
     name = check.shard.name
     images = {member.offset: member for member in members if image_format(member.name) is not None}
     faults = []
     if len(images) < check.shard.samples:  # tars of others may hold more: those that could not be decoded
-        faults.append(f"{name}: holds {len(images)} images where the manifest means {check.shard.samples}")
+        faults.append(f"{name}: expected {check.shard.samples} images, found {len(images)}")
     for i, row in enumerate(rows):
         member = images.get(int(row["offset"]))
         if member is None or member.size != row["size"]:
-            faults.append(f"{name}: sample {check.first + i}: the table's place is no image of the tar")
+            faults.append(f"{name}: sample {check.first + i}: no image of the tar has the table's offset and size")
         elif image_format(member.name) != row["format"]:
-            faults.append(f"{name}: sample {check.first + i}: {member.name} is not of the table's format")
+            faults.append(f"{name}: sample {check.first + i}: {member.name} is not in the table's format")
     return faults
 
 
 def _check_index(members: list[TarMember], check: ShardCheck) -> list[str]:
-    """The .idx must be, letter for letter, the index of these members."""
+    """Compares the .idx, character by character, with the index of these members."""
     path = check.root / check.shard.index_name
     if not path.is_file():
         return [f"{path.name}: missing"]
@@ -201,29 +195,29 @@ def _check_index(members: list[TarMember], check: ShardCheck) -> list[str]:
 
 
 def _check_images(file: BinaryIO, rows: np.ndarray, check: ShardCheck) -> list[str]:
+    """Reads and decodes the chosen images."""
     faults = []
     end = file.seek(0, 2)
     for i in check.chosen():
-        row = rows[i]
-        data = b""
-        if int(row["offset"]) + int(row["size"]) <= end:  # else the fault is named below
-            file.seek(int(row["offset"]))
-            data = file.read(int(row["size"]))
-        if fault := image_fault(data, row):
-            faults.append(f"{check.shard.name}: sample {check.first + i}: {fault}")
+        offset, size = int(rows[i]["offset"]), int(rows[i]["size"])
+        if offset + size > end:  # a damaged table may hold offsets that no file can be sought to
+            reason = "reaches past the end of the tar"
+        else:
+            file.seek(offset)
+            reason = image_fault(file.read(size), rows[i])
+        if reason:
+            faults.append(f"{check.shard.name}: sample {check.first + i}: {reason}")
     return faults
 
 
 def image_fault(data: bytes, row: np.void) -> str:
     """What is wrong with one image's bytes; empty when nothing is."""
-    if len(data) != row["size"]:
-        return "lies past the end of the tar"
-    if zlib.crc32(data) != row["crc32"]:
-        return "its crc32 is wrong: the bytes were changed"
+    if reason := fault(data, int(row["size"]), int(row["crc32"]), int(row["format"])):
+        return reason
     try:
         height, width = decode(data, ImageFormat(row["format"])).shape[:2]
     except ImageDamage as damage:
         return f"does not decode: {damage}"
     if (width, height) != (row["width"], row["height"]):
-        return f"is {width} x {height} where the table says {row['width']} x {row['height']}"
+        return f"expected {row['width']} x {row['height']} pixels, found {width} x {height}"
     return ""

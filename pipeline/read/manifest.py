@@ -54,6 +54,11 @@ SAMPLE_DTYPE = np.dtype(
 )
 
 
+def index_name(tar: str) -> str:
+    """File name of the DALI index of a tar."""
+    return tar.removesuffix(".tar") + ".idx"
+
+
 @dataclass(frozen=True)
 class ShardInfo:
     """One tar: its file name, samples in it, its size in bytes and the sha256 of the whole file (hex)."""
@@ -66,7 +71,7 @@ class ShardInfo:
     @property
     def index_name(self) -> str:
         """File name of the DALI index beside the tar."""
-        return self.name.removesuffix(".tar") + ".idx"
+        return index_name(self.name)
 
 
 def check_shard_name(name: object, where: str) -> str:

@@ -150,6 +150,11 @@ class TarMember:
     offset: int
     size: int
 
+    def read(self, file: BinaryIO) -> bytes:
+        """Its content, from the open tar."""
+        file.seek(self.offset)
+        return file.read(self.size)
+
 
 def tar_header(name: str, size: int) -> bytes:
     """The 512-byte USTAR header of a regular file; `name` is ASCII of at most 100 bytes."""

@@ -13,8 +13,7 @@ from PIL import Image
 
 from patchmill.pipeline.atomic import whole_file
 from patchmill.pipeline.read.manifest import Dataset, ImageFormat
-from patchmill.tools.packing.list_archives import numbered_labels
-from patchmill.tools.packing.listing import Listing, Method, make_entries
+from patchmill.tools.packing.listing import Listing, Method, make_entries, numbered_labels
 from patchmill.tools.packing.strict_decode import decode, read_bytes
 
 JPEG_MODE, RAW_MODE = 0, 1

@@ -22,10 +22,12 @@ from patchmill.pipeline.read.manifest import (
     Manifest,
     ShardInfo,
     check_shard_name,
+    index_name,
 )
 from patchmill.pipeline.read.urls import redact
 from patchmill.tools.packing.destination import PLAN_NAME, Store
-from patchmill.tools.packing.pack_shard import PixelSums, part_name
+from patchmill.tools.packing.pack_shard import PixelSums
+from patchmill.tools.packing.plan import part_name, shard_name
 
 
 def read_part(store: Store, shard: int) -> dict[str, Any] | None:
@@ -87,7 +89,7 @@ def finish(store: Store, plan: dict[str, Any]) -> Manifest:
                 store.delete(record["name"])
                 store.delete(index_name(record["name"]))
                 continue
-            name = f"shard-{count:06d}.tar"
+            name = shard_name(count)
             count += 1
             if name != record["name"]:
                 store.rename(record["name"], name)
@@ -184,8 +186,3 @@ def samples_bytes(samples: np.ndarray) -> bytes:
 def json_lines(values: list[Any]) -> str:
     """One JSON value a line; ASCII, so that any file name survives."""
     return "".join(json.dumps(value) + "\n" for value in values)
-
-
-def index_name(tar_name: str) -> str:
-    """The file name of a tar's DALI index."""
-    return tar_name.removesuffix(".tar") + ".idx"

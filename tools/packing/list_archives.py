@@ -20,7 +20,15 @@ import numpy as np
 
 from patchmill.pipeline.read.image_headers import is_image_name
 from patchmill.pipeline.read.tar import TarDamage, TarMember, split_key, walk_tar
-from patchmill.tools.packing.listing import ENTRY_DTYPE, Listing, Method, is_hidden, labels_from_folders, make_entries
+from patchmill.tools.packing.listing import (
+    ENTRY_DTYPE,
+    Listing,
+    Method,
+    is_hidden,
+    labels_from_folders,
+    make_entries,
+    numbered_labels,
+)
 
 COMPRESSED_TARS: dict[str, Callable[..., Any]] = {
     ".gz": gzip.open,
@@ -100,18 +108,6 @@ def decompressed(path: Path, folder: Path) -> Path:
     return plain
 
 
-def numbered_labels(labels: list[str]) -> tuple[np.ndarray, list[str]]:
-    """(int32 labels, classes) of labels as written: numbers are indices, anything else names; empty and -1 unknown."""
-    labels = ["" if label == "-1" else label for label in labels]
-    known = {label for label in labels if label}
-    if all(label.isascii() and label.isdigit() and len(label) < 7 for label in known):
-        count = max((int(label) for label in known), default=-1) + 1
-        return np.array([int(label) if label else -1 for label in labels], np.int32), [str(i) for i in range(count)]
-    classes = sorted(known)
-    number = {name: i for i, name in enumerate(classes)} | {"": -1}
-    return np.array([number[label] for label in labels], np.int32), classes
-
-
 @dataclass(slots=True)
 class _TarImage:
     container: int
@@ -149,7 +145,7 @@ def _scan_tar(container: int, path: Path) -> _TarContents:
         for member in members:
             key, _, extension = member.name.rpartition(".")
             if extension in SIDECARS and key in by_key:
-                _attach(by_key[key], extension, _content(file, member))
+                _attach(by_key[key], extension, member.read(file))
             elif not is_image_name(member.name) and not is_hidden(member.name.removeprefix("./")):
                 contents.ignored.append((member.name, "not the name of an image"))
     return contents
@@ -179,11 +175,6 @@ def _attach(image: _TarImage, extension: str, content: bytes) -> None:
         if isinstance(fields, dict):
             image.caption = image.caption or str(fields.get("caption") or "")
             image.label = image.label or str(fields.get("label", ""))
-
-
-def _content(file: BinaryIO, member: TarMember) -> bytes:
-    file.seek(member.offset)
-    return file.read(member.size)
 
 
 def _data_offset(file: BinaryIO, header_offset: int) -> int:

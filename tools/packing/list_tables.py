@@ -14,8 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from patchmill.tools.packing.list_archives import numbered_labels
-from patchmill.tools.packing.listing import Listing, Method, make_entries
+from patchmill.tools.packing.listing import Listing, Method, make_entries, numbered_labels
 
 PATH_COLUMNS = ("path", "file", "filename", "file_name", "filepath", "image_path", "image")
 LABEL_COLUMNS = ("label", "class", "target", "fine_label", "labels")

@@ -172,6 +172,18 @@ def labels_from_folders(names: list[str]) -> tuple[np.ndarray, list[str], list[s
     return np.array([number[folder] for folder in folders], np.int32), classes, notes
 
 
+def numbered_labels(labels: list[str]) -> tuple[np.ndarray, list[str]]:
+    """(int32 labels, classes) of labels as written: numbers are indices, anything else names; empty and -1 unknown."""
+    labels = ["" if label == "-1" else label for label in labels]
+    known = {label for label in labels if label}
+    if all(label.isascii() and label.isdigit() and len(label) < 7 for label in known):
+        count = max((int(label) for label in known), default=-1) + 1
+        return np.array([int(label) if label else -1 for label in labels], np.int32), [str(i) for i in range(count)]
+    classes = sorted(known)
+    number = {name: i for i, name in enumerate(classes)} | {"": -1}
+    return np.array([number[label] for label in labels], np.int32), classes
+
+
 def common_folder(names: list[str]) -> str:
     """The longest folder prefix (`a/b/`, or empty) that all names share and below which each still has a folder."""
     if not names:

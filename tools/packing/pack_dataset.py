@@ -4,7 +4,6 @@
 """
 
 import json
-import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,9 +14,9 @@ from patchmill.pipeline.read.urls import redact
 from patchmill.tools.packing.destination import PLAN_NAME, Store, is_disk_full, store_at
 from patchmill.tools.packing.join import finish, json_lines, read_part, read_parts, read_plan, verified_part
 from patchmill.tools.packing.listing import Listing
-from patchmill.tools.packing.pack_shard import Progress, Stopped, part_name
-from patchmill.tools.packing.plan import PackOptions, Plan, ShardTask, make_plan, pending
-from patchmill.tools.packing.workers import pack_here, pack_in_processes
+from patchmill.tools.packing.pack_shard import Progress, Stopped
+from patchmill.tools.packing.plan import PackOptions, Plan, ShardTask, make_plan, part_name, pending
+from patchmill.tools.packing.workers import pack_here, pack_in_processes, processors
 
 MAX_BAD_FRACTION = 0.5
 Engine = Callable[[Iterable[ShardTask], Store, Progress], None]
@@ -152,11 +151,6 @@ def begin(store: Store, plan: Plan) -> None:
 def shards_of(plan: Plan, part: tuple[int, int]) -> range:
     """The shards of part i of n: every n-th, beginning with i."""
     return range(part[0], plan.num_shards, part[1])
-
-
-def processors() -> int:
-    """Processors that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def shown(place: str | Path) -> str:

@@ -13,12 +13,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from patchmill.pipeline.read.manifest import EXTENSIONS
+from patchmill.pipeline.read.manifest import EXTENSIONS, index_name
 from patchmill.pipeline.read.tar import ShardWriter
 from patchmill.tools.packing.destination import Store
 from patchmill.tools.packing.listing import Listing, Method, SourceDamage, read_sample
 from patchmill.tools.packing.normalise import Packed, Policy, normalise, pack_pixels
-from patchmill.tools.packing.plan import ShardTask
+from patchmill.tools.packing.plan import ShardTask, part_name
 from patchmill.tools.packing.strict_decode import Rejected
 
 Progress = Callable[[int, int, int], bool]  # (images, source bytes, bad images) just done -> go on?
@@ -89,7 +89,7 @@ def pack_shard(task: ShardTask, store: Store, progress: Progress) -> None:
             if not progress(1, int(task.samples.entries["size"][row]), bad):
                 raise Stopped
         sha256, index = writer.finish()
-    store.write_text(task.name.removesuffix(".tar") + ".idx", index)
+    store.write_text(index_name(task.name), index)
     record = {
         "bytes": writer.bytes,
         "index_sha256": hashlib.sha256(index.encode()).hexdigest(),
@@ -127,11 +127,6 @@ def statistics_channels(listing: Listing, policy: Policy) -> int:
     if listing.pixel_shape and listing.pixel_shape[-1] not in (1, 3, 4) and len(listing.pixel_shape) == 3:
         return listing.pixel_shape[-1]
     return 4 if policy.alpha == "keep" else 3
-
-
-def part_name(shard: int) -> str:
-    """The part record of a shard, inside the unfinished dataset."""
-    return f"parts/shard-{shard:06d}.json"
 
 
 def _write(writer: ShardWriter, task: ShardTask, row: int, packed: Packed) -> list[int]:

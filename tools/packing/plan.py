@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from patchmill.pipeline.read.tar import BLOCK
+from patchmill.tools.packing.destination import PARTS_FOLDER
 from patchmill.tools.packing.listing import Listing, read_sample
 from patchmill.tools.packing.normalise import Policy
 
@@ -68,7 +69,7 @@ class ShardTask:
     @property
     def name(self) -> str:
         """File name of the tar."""
-        return f"shard-{self.shard:06d}.tar"
+        return shard_name(self.shard)
 
 
 @dataclass(frozen=True)
@@ -163,6 +164,16 @@ def drop_duplicates(listing: Listing) -> tuple[np.ndarray, list[dict[str, str]]]
 def pending(plan: Plan, done: set[int], part: int = 0, parts: int = 1) -> Iterator[ShardTask]:
     """The tasks still to do, of every `parts`-th shard beginning with `part`."""
     return (plan.task(shard) for shard in range(part, plan.num_shards, parts) if shard not in done)
+
+
+def shard_name(shard: int) -> str:
+    """File name of a shard's tar."""
+    return f"shard-{shard:06d}.tar"
+
+
+def part_name(shard: int) -> str:
+    """The part record of a shard, inside the unfinished dataset."""
+    return f"{PARTS_FOLDER}/shard-{shard:06d}.json"
 
 
 def _nothing(listing: Listing) -> str:

@@ -10,18 +10,41 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from functools import partial
 from itertools import islice
 from multiprocessing.connection import wait as wait_for
-from typing import Any
+from typing import Any, TypeVar
 
 from patchmill.tools.packing.destination import Store
 from patchmill.tools.packing.pack_shard import Progress, Stopped, pack_shard
 from patchmill.tools.packing.plan import ShardTask
+
+Job = TypeVar("Job")
+Result = TypeVar("Result")
+
+
+def processors() -> int:
+    """Processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def map_in_processes(function: Callable[[Job], Result], jobs: Sequence[Job], workers: int) -> Iterator[Result]:
+    """Yields the results in order; in this process when there is one job or one worker.
+
+    Args:
+        function: at the top level of a module, for new processes to find it.
+        workers: processes; 0 is one per processor.
+    """
+    workers = min(workers or processors(), len(jobs))
+    if workers <= 1:
+        yield from map(function, jobs)
+        return
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+        yield from pool.map(function, jobs)
 
 
 def pack_here(tasks: Iterable[ShardTask], store: Store, report: Progress) -> None:
