@@ -67,7 +67,7 @@ def test_a_slurm_script_asks_for_what_it_needs_and_queues_a_stopped_run_again(tm
     ("line", "named"),
     [
         (["--gpus", "8"], "after --"),
-        (["--gpus", "7", "--", *RUN], "cannot be split over 7 GPUs"),
+        (["--gpus", "7", "--", *RUN], "must be divisible by 7 GPUs"),
         (["--", *RUN[2:]], "--recipe"),
         (["--submit", "--", *RUN], "--script"),
         (["--gpus", "0", "--", *RUN], "--gpus is 0"),
@@ -120,6 +120,6 @@ def test_runs_are_listed_with_their_state(tmp_path, capsys):
 
 def test_a_folder_without_runs_is_named(tmp_path, capsys):
     assert cli.run("runs", [str(tmp_path)]) == 2
-    assert "holds no runs" in capsys.readouterr().err
+    assert "has no runs" in capsys.readouterr().err
     assert cli.run("runs", [str(tmp_path / "absent")]) == 2
     assert "no folder" in capsys.readouterr().err

@@ -140,7 +140,7 @@ def test_convert_and_back(request, tmp_path, kind):
     assert seen(back) == seen(first)
     if kind == "folder":
         assert contents(back) == contents(first)
-    with pytest.raises(ValueError, match="is there already"):
+    with pytest.raises(ValueError, match="exists already"):
         convert.main([str(tmp_path / "dataset"), str(there)])
 
 

@@ -1,4 +1,4 @@
-"""dataset -> [patchmill convert] -> ImageFolder or .beton; `patchmill shard` is the way back from either."""
+"""Converts a dataset to class folders or one .beton file; `patchmill shard` converts either back."""
 
 import re
 from dataclasses import dataclass
@@ -35,7 +35,7 @@ def main(argv: list[str]) -> int:
     args = parse(ConvertArgs, "patchmill convert", argv)
     dataset = open_dataset(args.dataset)
     if args.out.exists():
-        raise ValueError(f"{args.out} is there already: give a new name")
+        raise ValueError(f"{args.out} exists already: give a new name")
     if args.out.suffix == ".beton":
         write_beton(dataset, args.out)
     else:
@@ -45,9 +45,9 @@ def main(argv: list[str]) -> int:
 
 
 def write_image_folder(dataset: Dataset, out: Path) -> None:
-    """Writes <class>/<sample index>.<extension>, images without label at the top; the folder appears when it is whole.
+    """Writes <class>/<sample index>.<extension>, images without label at the top; the folder appears once complete.
 
-    Classes keep their order: where names are not already sorted and plain, folders are called <number>-<name>.
+    Classes keep their order: unless the names are sorted and plain, the folders are called <number>-<name>.
     """
     folders = class_folders(dataset.manifest.classes)
     digits = max(8, len(str(len(dataset))))
@@ -62,7 +62,7 @@ def write_image_folder(dataset: Dataset, out: Path) -> None:
 
 
 def class_folders(classes: list[str]) -> list[str]:
-    """Folder names whose sorted order is the order of the classes, so that labels survive the way back."""
+    """Folder names that sort in the order of the classes: packing them again gives the same labels."""
     plain = all(re.fullmatch(r"[\w +()-][\w .+()-]*", name) for name in classes)
     if plain and classes == sorted(classes):
         return classes

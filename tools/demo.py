@@ -1,6 +1,6 @@
-"""photographs -> [demo] -> shards, a pretrained tiny model and its pictures: the whole way, in minutes, on a CPU.
+"""Runs the whole way on a CPU, in minutes: photographs, shards, a tiny pretrained model, pictures.
 
-It needs no download: the photographs come with scikit-image. Each step is the command a user would type.
+It downloads nothing: scikit-image brings the photographs. Each step is the command a user would type.
 """
 
 import json
@@ -58,7 +58,7 @@ def main(argv: list[str]) -> int:
     config = parse(DemoConfig, "python -m patchmill.tools.demo", argv)
     out, console = Path(config.out), Console()
     if out.exists() and not (out / "photographs").is_dir() and any(out.iterdir()):
-        raise ValueError(f"{out} is not empty and no demo's; choose another --out")
+        raise ValueError(f"{out} is not empty and was not made by the demo; choose another --out")
     shutil.rmtree(out, ignore_errors=True)
     photographs, shards, run = out / "photographs", out / "shards", out / "run"
     console.rule(f"1  {config.crops} JPEG crops of scikit-image's photographs")

@@ -1,4 +1,4 @@
-"""patchmill evaluate: a finished classifier + any labelled shards -> its accuracy there."""
+"""Tests a finished classifier on any labelled shards."""
 
 import json
 import sys
@@ -70,7 +70,7 @@ def main(argv: list[str]) -> int:
 
 
 def _results(run: Path, classifier: Path, tested: Tested) -> dict[str, Any]:
-    """What results.json says: the classifier's own (protocol, seed, origin) with the scores of these data."""
+    """The content of results.json: the classifier's protocol, seed and origin, with the scores of these data."""
     own = run / RESULTS
     about = json.loads(own.read_text(encoding="utf-8")) if own.is_file() else ORIGIN_UNKNOWN
     kept = {name: about[name] for name in ("protocol", "start", "checkpoint", "pretrained", "seed") if name in about}

@@ -1,4 +1,4 @@
-"""patchmill features: checkpoint + shards -> a file of features, one row per sample, for probing, search, clustering.
+"""Writes an encoder's features of a dataset to a file, one row per sample, for probing, search and clustering.
 
 Every image is seen once, whole: centre crop, no flip, no mask, in the dataset's order.
 """
@@ -84,7 +84,7 @@ def main(argv: list[str]) -> int:
 
 
 def write_features(encoder: Encoder, loader: Loader, config: FeaturesConfig, out: Path) -> np.ndarray:
-    """Writes the file, whole or not at all, and returns the indices of samples that could not be read."""
+    """Writes the whole file, or none on an error; returns the indices of samples that could not be read."""
     c = encoder.config
     shapes = {"cls": (c.embed_dim,), "mean": (c.embed_dim,), "patches": (c.num_patches, c.embed_dim)}
     columns: dict[str, tuple[tuple[int, ...], str]] = {"label": ((), "int64")}
@@ -98,7 +98,7 @@ def write_features(encoder: Encoder, loader: Loader, config: FeaturesConfig, out
         else:
             rows = SafetensorsRows(path, loader.num_samples, columns, about)
         for sample_ids_B, values in _feature_batches(encoder, loader, config):
-            # the last batch is filled up, and a bad image's slot filled, with images that have a row already
+            # images repeat where the last batch is filled up and where one replaces a bad image: each is written once
             first = np.unique(sample_ids_B, return_index=True)[1]
             new = first[unseen[sample_ids_B[first]]]
             if len(new):
@@ -162,14 +162,14 @@ class SafetensorsRows:
             header[name] = {"dtype": _DTYPES[dtype], "shape": [num_rows, *shape], "data_offsets": [start, end]}
         text = json.dumps(header).encode()
         text += b" " * (-len(text) % 8)
-        # plain writes and no memory map: on a full disk the one raises OSError, the other kills the process
+        # not a memory map: on a full disk a write raises OSError, a map kills the process
         self._file = open(path, "wb")  # noqa: SIM115 (closed by close)
         self._file.write(len(text).to_bytes(8, "little") + text)
         self._columns = columns
         self._starts = {name: 8 + len(text) + header[name]["data_offsets"][0] for name in columns}
 
     def write(self, sample_ids_B: NDArray[np.int64], columns: Columns) -> None:
-        """Puts a batch into the rows of its samples."""
+        """Writes a batch into the rows of its samples."""
         for name, values in columns.items():
             row_bytes = values[0].nbytes
             for index, row in zip(sample_ids_B.tolist(), values, strict=True):
@@ -177,7 +177,7 @@ class SafetensorsRows:
                 self._file.write(row.tobytes())
 
     def close(self, missing: NDArray[np.int64]) -> None:
-        """Marks the rows of samples that never came and ends the file."""
+        """Fills the rows of unreadable samples (NaN, label -1) and closes the file."""
         for name, (shape, dtype) in self._columns.items():
             rows = np.full((len(missing), *shape), -1 if dtype == "int64" else np.nan, dtype)
             if len(rows):
@@ -214,7 +214,7 @@ class ParquetRows:
         self._writer.write_table(self._pyarrow.Table.from_arrays(arrays, schema=self._schema))
 
     def close(self, missing: NDArray[np.int64]) -> None:
-        """Ends the file; samples that never came have no row."""
+        """Closes the file; unreadable samples have no row."""
         self._writer.close()
 
 

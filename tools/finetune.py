@@ -1,4 +1,4 @@
-"""patchmill finetune: checkpoint + labelled shards -> a classifier; whole, partial, or from scratch."""
+"""Fine-tunes a checkpoint's encoder as a classifier: whole, its last blocks, or from random weights."""
 
 import sys
 from pathlib import Path
@@ -29,7 +29,7 @@ The same command again continues a run that was stopped. Results go to RUN/finet
 
 
 def main(argv: list[str]) -> int:
-    """Runs the command; 0 when it ended in order, a stop by a signal included."""
+    """Runs the command; returns 0 when training completed or was stopped by a signal."""
     chosen, rest = split_off(argv, partial={"nargs": "+"})
     config = parse_with_recipes(FinetuneConfig, "patchmill finetune", rest, FINETUNE_RECIPES, text=TEXT)
     if chosen.partial:
@@ -64,7 +64,7 @@ def _sweep(config: FinetuneConfig, blocks: list[float]) -> int:
 
 
 def _draw(reports: list[Report]) -> Path:
-    """Writes sweep.png beside the runs' folders."""
+    """Writes sweep.png next to the runs' folders."""
     points = [(float(report.run.name.removeprefix("blocks-")), report.results["top1"]) for report in reports]
     path = reports[0].run.parent / "sweep.png"
     write_sweep({reports[0].results["start"]: points}, path)

@@ -1,7 +1,7 @@
-"""tars made by others -> [patchmill index] -> a dataset in place: manifest, indexes and sample table, tars untouched.
+"""Makes a dataset of tars that another program wrote: adds manifest, indexes and sample table, leaves the tars alone.
 
-Every image is read and strictly decoded, as when packing. What cannot be decoded stays in its tar but not in the sample
-table, so that training never meets it; quarantine.jsonl names it.
+Every image is read and strictly decoded, as when packing. One that cannot be decoded stays in its tar but not in the
+sample table: training never meets it. quarantine.jsonl names it.
 """
 
 import hashlib
@@ -40,7 +40,7 @@ class IndexArgs:
     max_pixels: int = 100_000_000
     """Refuse images with more pixels than this, by their header."""
     overwrite: bool = False
-    """Replace an existing manifest; what the tars hold now is then taken for right."""
+    """Replace an existing manifest, and trust what the tars hold now."""
     skip_damaged: bool = False
     """Leave out damaged tars instead of stopping at the first."""
 
@@ -52,7 +52,7 @@ def main(argv: list[str]) -> int:
         raise FileNotFoundError(f"no folder {args.folder}: give the folder of the tars")
     tars = sorted(args.folder.glob("*.tar"))
     if not tars:
-        raise ValueError(f"{args.folder} holds no .tar: pack images with `patchmill shard {args.folder} DATASET`")
+        raise ValueError(f"{args.folder} has no .tar: pack images with `patchmill shard {args.folder} DATASET`")
     if (args.folder / MANIFEST_NAME).exists() and not args.overwrite:
         raise ValueError(f"{args.folder} has a {MANIFEST_NAME}: check it with `patchmill verify`, or give --overwrite")
     manifest = index_tars(tars, args)
@@ -62,16 +62,16 @@ def main(argv: list[str]) -> int:
 
 
 def index_tars(tars: list[Path], args: IndexArgs) -> Manifest:
-    """Reads all tars and writes the tables; ValueError for a damaged tar or when no image is left."""
+    """Reads all tars and writes the tables. Raises ValueError for a damaged tar, or when no image can be read."""
     store = LocalStore(args.folder, args.folder)
     jobs = [(tar, args.max_pixels) for tar in tars]
     results = map_in_processes(index_tar, jobs, args.workers)
     found = list(track(results, "reading", len(jobs)))
     if (damaged := [record["damage"] for record in found if "damage" in record]) and not args.skip_damaged:
-        raise ValueError(f"{damaged[0]}: mend or remove it, or give --skip-damaged (leaves out {len(damaged)} tars)")
+        raise ValueError(f"{damaged[0]}: repair or remove it, or give --skip-damaged (leaves out {len(damaged)} tars)")
     records = [record for record in found if record.get("rows")]
     if not records:
-        raise ValueError(f"none of the {len(tars)} tars in {args.folder} holds an image that can be read")
+        raise ValueError(f"none of the {len(tars)} tars in {args.folder} has a readable image")
     classes = _class_names(args.folder / MANIFEST_NAME, _number_labels(records))
     for record in records:
         store.write_text(index_name(record["name"]), record["index"])
@@ -81,7 +81,7 @@ def index_tars(tars: list[Path], args: IndexArgs) -> Manifest:
 
 
 def index_tar(job: tuple[Path, int]) -> dict[str, Any]:
-    """The part record of one tar, with labels still as written; {"damage": text} when its structure is broken."""
+    """The part record of one tar, with labels as written in it; {"damage": text} when its structure is broken."""
     path, max_pixels = job
     rows, names, labels, left_out = [], [], [], []
     sums = PixelSums()
@@ -120,19 +120,19 @@ def index_tar(job: tuple[Path, int]) -> dict[str, Any]:
 
 
 def checked(data: bytes, format: ImageFormat, max_pixels: int) -> Packed:
-    """Strictly decodes an image that stays as it is; Rejected when it is damaged or not of the format of its name.
+    """Strictly decodes an image that stays unchanged. Raises Rejected when it is damaged or named as another format.
 
-    Its width and height are those of the displayed image, EXIF orientation applied.
+    Width and height are those of the displayed image, with EXIF orientation applied.
     """
     packed = normalise(data, Policy(max_pixels=max_pixels))
     starts = {ImageFormat.JPEG: b"\xff\xd8", ImageFormat.PNG: b"\x89PNG", ImageFormat.TIFF: data[:2]}
     if not data.startswith(starts[format]):
-        raise Rejected(f"not a {format.name}, which its name says: pack it again with `patchmill shard`")
+        raise Rejected(f"named as {format.name} but in another format: pack it again with `patchmill shard`")
     return packed
 
 
 def _number_labels(records: list[dict[str, Any]]) -> list[str]:
-    """Numbers the labels of all tars alike and puts them into the rows; returns the classes."""
+    """Numbers the labels of all tars together and adds them to the rows; returns the classes."""
     labels, classes = numbered_labels([label for record in records for label in record["labels"]])
     place = 0
     for record in records:
@@ -143,7 +143,7 @@ def _number_labels(records: list[dict[str, Any]]) -> list[str]:
 
 
 def _class_names(manifest: Path, numbers: list[str]) -> list[str]:
-    """The class names of the manifest that is being replaced, where it can be read and has them all."""
+    """The class names of the manifest being replaced, if it is readable and has enough; else the numbers."""
     if not manifest.is_file():
         return numbers
     try:

@@ -1,4 +1,4 @@
-"""dataset -> [patchmill info] -> counts, classes, sizes and a contact sheet: what is in there, at a glance."""
+"""Tells what a dataset holds (counts, classes, sizes) and draws a contact sheet."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,7 +35,7 @@ class InfoArgs:
     images: int = 48
     """Images on the sheet."""
     seed: int = 0
-    """Of that choice."""
+    """Seed of that choice."""
     classes: int = 10
     """Classes to list, largest first."""
 

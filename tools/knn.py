@@ -1,4 +1,4 @@
-"""patchmill knn: checkpoint + labelled shards -> accuracy of the nearest neighbours in feature space."""
+"""Classifies labelled images by their nearest neighbours in a checkpoint's feature space."""
 
 import sys
 from pathlib import Path

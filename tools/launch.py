@@ -1,8 +1,8 @@
-"""patchmill launch: pretrain options -> a script for torchrun or SLURM, written, shown or submitted.
+"""Writes, prints or submits a script that pretrains with torchrun or SLURM.
 
-The script holds what is easy to forget: signals that torchrun must pass on (it leaves its workers as orphans on
-SIGUSR1 otherwise), time to save before it kills them, restarts, and PYTHONSAFEPATH so that no folder of the working
-directory shadows a package.
+The script has what is easy to forget: the signals that torchrun must pass on (on SIGUSR1 it would otherwise leave its
+workers as orphans), time to save before it kills them, restarts, and PYTHONSAFEPATH, which keeps the folders of the
+working directory from shadowing packages.
 """
 
 import shlex
@@ -21,7 +21,7 @@ SIGNALS = "SIGTERM,SIGINT,SIGUSR1"
 SHELL_LINES = ["#!/bin/bash", "set -euo pipefail"]
 ENVIRONMENT = {
     "PYTHONSAFEPATH": "1",
-    "OMP_NUM_THREADS": "1",  # the decoder has threads of its own
+    "OMP_NUM_THREADS": "1",  # the decoder starts its own threads
     "TORCH_NCCL_ASYNC_ERROR_HANDLING": "3",
     "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",  # restarted workers must not read what dead ones wrote
 }
@@ -38,25 +38,25 @@ class LaunchConfig:
     """
 
     kind: Literal["torchrun", "slurm"] = "torchrun"
-    """a script to be started on every node (NODE_RANK and MASTER_ADDR set when there are several), or a batch script"""
+    """torchrun: a script to start on every node (set NODE_RANK and MASTER_ADDR for several); slurm: a batch script"""
     nodes: int = 1
     """machines"""
     gpus: int = 8
-    """GPUs (processes) on each"""
+    """GPUs (processes) per machine"""
     hours: float = 24.0
     """SLURM's time limit"""
     name: str = "patchmill"
-    """SLURM's name of the job"""
+    """name of the SLURM job"""
     sbatch: tuple[str, ...] = ()
     """more #SBATCH options, such as --partition=gpu"""
     cpus_per_gpu: int = 16
-    """processors that SLURM gives for each GPU; decoding uses them"""
+    """processors to request from SLURM for each GPU; decoding uses them"""
     grace_seconds: int = 120
-    """time to finish a step and save when the job is told to end"""
+    """time to finish a step and save a checkpoint before the job is killed"""
     max_restarts: int = 3
-    """how often torchrun starts again after a failure; the run resumes from its newest checkpoint"""
+    """how often torchrun restarts after a failure; the run resumes from its newest checkpoint"""
     master_port: int = 29500
-    """port on the first node through which nodes find each other"""
+    """port of the first node at which the nodes meet"""
     signals_to_handle: str = SIGNALS
     """signals that torchrun passes on to its workers"""
     script: str | None = None
@@ -69,7 +69,7 @@ class LaunchConfig:
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name} is {getattr(self, name)}; it must be at least 1")
         if self.submit and self.script is None:
-            raise ValueError("--submit needs --script FILE, so that what runs can be read")
+            raise ValueError("--submit needs --script FILE, which keeps a record of what ran")
         if self.submit and self.kind == "torchrun" and self.nodes > 1:
             raise ValueError("--submit starts one node; for several use --kind slurm, or start the script on each")
 
@@ -79,12 +79,12 @@ def main(argv: list[str]) -> int:
     options, given = (argv[: argv.index("--")], argv[argv.index("--") + 1 :]) if "--" in argv else (argv, [])
     launch = parse(LaunchConfig, "patchmill launch", options)
     if not given:
-        raise ValueError("say what to train after --, as in: patchmill launch --gpus 8 -- --recipe mae-vit-b16 ...")
-    config = parse_pretrain(given)  # a mistake is better found here than in a job
+        raise ValueError("give the options of pretrain after --, as in: launch --gpus 8 -- --recipe mae-vit-b16 ...")
+    config = parse_pretrain(given)  # finds a mistake now and not when the job starts
     ranks = launch.nodes * launch.gpus
     if config.train.global_batch % (ranks * config.train.accum_steps):
         raise ValueError(
-            f"train.global_batch {config.train.global_batch} cannot be split over {ranks} GPUs and "
+            f"train.global_batch {config.train.global_batch} must be divisible by {ranks} GPUs times "
             f"train.accum_steps {config.train.accum_steps}"
         )
     text = render(launch, given, config.out)
@@ -101,7 +101,7 @@ def main(argv: list[str]) -> int:
 
 
 def render(launch: LaunchConfig, given: list[str], run: str) -> str:
-    """The text of the script; `run` is the folder whose status.json tells a stopped run from a failed one."""
+    """The text of the script. status.json in the folder `run` tells a stopped run from a failed one."""
     exports = [f"export {name}={value}" for name, value in ENVIRONMENT.items()]
     exports += [f"export TORCH_ELASTIC_SHUTDOWN_TIMEOUT={launch.grace_seconds}"]
     if launch.kind == "torchrun":
@@ -129,7 +129,7 @@ def render(launch: LaunchConfig, given: list[str], run: str) -> str:
             'export MASTER_ADDR="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)"',
             "code=0",
             f"srun --kill-on-bad-exit=1 bash -c {on_each} || code=$?",
-            "# torchrun calls a forwarded signal a failure; the run itself says whether it only waits to go on",
+            "# torchrun reports a forwarded signal as a failure; status.json says whether the run only stopped",
             f'if grep -q \'"state": "stopped"\' {status}; then scontrol requeue "$SLURM_JOB_ID"; fi',
             "exit $code",
             "",

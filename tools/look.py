@@ -1,4 +1,4 @@
-"""patchmill look: checkpoint + shards -> a PNG of images, their features as colours, and where each head looks."""
+"""Draws images, their features as colours, and where each attention head looks."""
 
 import sys
 from dataclasses import dataclass, field
@@ -19,7 +19,7 @@ from patchmill.trainer.model.encoder import Encoder
 
 Map = Literal["features", "attention"]
 PCA_IMAGES = 64
-"""at least so many images say what the colours mean, even where fewer are drawn"""
+"""images that the principal components are computed from, at least, even when fewer are drawn"""
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
-"""parts, or datasets -> [patchmill merge] -> one dataset.
+"""Joins the parts of a dataset, or several datasets, into one.
 
 Parts: after `patchmill shard ... --part I/N` ran for every I, `merge OUT` joins what they packed; the result is byte
-for byte that of one run. Datasets: `merge OUT A B ...` puts the shards of finished datasets behind one another, linked
-where the file system allows. Their classes must be the same: the label files inside the tars are not rewritten.
+for byte that of one run. Datasets: `merge OUT A B ...` concatenates the shards of finished datasets, as hard links
+where the file system allows. Their classes must be equal: the label files inside the tars are not rewritten.
 """
 
 import json
@@ -38,7 +38,7 @@ class MergeArgs:
     out: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="OUT")]
     """The dataset to make."""
     datasets: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="DATASET")] = ()
-    """Datasets to join; none finishes the parts of OUT."""
+    """Datasets to join; without any, the parts of OUT are joined."""
 
 
 def main(argv: list[str]) -> int:
@@ -48,10 +48,10 @@ def main(argv: list[str]) -> int:
     store = store_at(args.out)
     if args.datasets:
         if not isinstance(store, LocalStore):
-            raise ValueError("datasets are joined in a local folder: copy the result to the bucket")
+            raise ValueError("datasets are joined in a local folder: give one, then copy the result to the bucket")
         store.refuse_foreign()
         if store.published_manifest() is not None:
-            raise ValueError(f"{args.out} is a dataset already: give the name of a new folder")
+            raise ValueError(f"{args.out} is a dataset already: give a new folder")
         manifest = join_datasets([open_dataset(path) for path in args.datasets], store)
     else:
         manifest = join(store)
@@ -61,7 +61,7 @@ def main(argv: list[str]) -> int:
 
 
 def join_datasets(datasets: list[Dataset], store: LocalStore) -> Manifest:
-    """Puts the shards of several datasets behind one another; ValueError when their classes or channels differ."""
+    """Concatenates the shards of several datasets. Raises ValueError when their classes or channels differ."""
     first = datasets[0].manifest
     for dataset in datasets[1:]:
         for what in ("classes", "channels"):
@@ -86,7 +86,7 @@ def join_datasets(datasets: list[Dataset], store: LocalStore) -> Manifest:
 
 
 def dataset_records(dataset: Dataset) -> list[dict[str, Any]]:
-    """A finished dataset as the part records it was made of; the pixel sums stand with its first shard."""
+    """A finished dataset as the part records it was made of; the first has the pixel sums of all."""
     names = read_lines(dataset.root / NAMES_NAME) or [""] * len(dataset)
     pixels = dataset.manifest.statistics["pixels"]
     columns = [name for name in dataset.samples.dtype.names or () if name != "shard"]
@@ -107,12 +107,12 @@ def dataset_records(dataset: Dataset) -> list[dict[str, Any]]:
 
 
 def read_lines(path: Path) -> list[Any]:
-    """The values of a .jsonl file; none when there is no such file."""
+    """The values of a .jsonl file; [] when the file is missing."""
     return [json.loads(line) for line in path.read_text("utf-8").splitlines()] if path.is_file() else []
 
 
 def link_or_copy(source: Path, target: Path) -> None:
-    """A second name for the file, or a copy where the file system cannot link."""
+    """Makes a hard link to the file, or a copy where the file system cannot link."""
     target.unlink(missing_ok=True)
     try:
         os.link(source, target)

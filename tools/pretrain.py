@@ -1,6 +1,6 @@
-"""patchmill pretrain: recipe + options -> a run folder, with a progress bar and a summary.
+"""Pretrains a model from a recipe and options, with a progress bar and a summary.
 
-The work is trainer/pretrain.py; here are the command line and what a person sees of it.
+trainer/pretrain.py does the work; this file shows it.
 """
 
 import sys
@@ -17,12 +17,12 @@ from patchmill.trainer.metrics import EVALUATIONS, SPECTRA, read_lines, read_met
 from patchmill.trainer.pretrain import Summary, pretrain
 
 STAGES = 6
-"""spectra that spectra.png shows, evenly over the run"""
+"""spectra in spectra.png, evenly spaced over the run"""
 SPECTRA_TITLE = "Spectrum of a training batch's class tokens"
 
 
 def main(argv: list[str]) -> int:
-    """Runs the command; 0 when the run ended in order, a stop by a signal included."""
+    """Runs the command; returns 0 when the run completed or was stopped by a signal."""
     summary = run(parse_pretrain(argv))
     if summary is None:
         return 0
@@ -55,7 +55,7 @@ def run(config: PretrainConfig) -> Summary | None:
 
 
 def _stages(lines: list[dict]) -> list[tuple[str, Spectrum]]:
-    """Spectra of spectra.jsonl for the picture: the first, the last, and some between."""
+    """The spectra to draw: the first, the last, and some in between."""
     count = min(STAGES, len(lines))
     chosen = [lines[round(i * (len(lines) - 1) / max(count - 1, 1))] for i in range(count)]
     return [
@@ -66,9 +66,9 @@ def _stages(lines: list[dict]) -> list[tuple[str, Spectrum]]:
 
 
 def report(summary: Summary) -> None:
-    """Prints how the run ended and where everything lies."""
+    """Prints how the run ended and where its files are."""
     for path, reason in summary.damaged:
-        print(f"passed over damaged checkpoint {path}: {reason}", file=sys.stderr)
+        print(f"skipped the damaged checkpoint {path}: {reason}", file=sys.stderr)
     table = fact_table()
     how = f"stopped by {summary.interrupted}" if summary.interrupted else "complete"
     table.add_row("run", f"{summary.step} of {summary.total_steps} steps, {how}")

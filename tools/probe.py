@@ -1,4 +1,4 @@
-"""patchmill probe: checkpoint + labelled shards -> accuracy of a linear classifier on frozen features."""
+"""Trains a linear classifier on a checkpoint's frozen features and tests it."""
 
 import sys
 
@@ -24,7 +24,7 @@ The same command again continues a run that was stopped. Results go to RUN/probe
 
 
 def main(argv: list[str]) -> int:
-    """Runs the command; 0 when it ended in order, a stop by a signal included."""
+    """Runs the command; returns 0 when training completed or was stopped by a signal."""
     config = parse_with_recipes(ProbeConfig, "patchmill probe", argv, PROBE_RECIPES, text=TEXT)
     with fit_bar("probe") as draw:
         report = probe(config, draw)

@@ -1,4 +1,4 @@
-"""patchmill recipes: the named configs that --recipe takes -> a table of what each is, or one of them as TOML."""
+"""Lists the named configs that --recipe takes, or prints one as TOML."""
 
 import dataclasses
 import inspect
@@ -53,7 +53,7 @@ def main(argv: list[str]) -> int:
 
 
 def describe(name: str, make: Callable[[], Any]) -> str:
-    """What a recipe is, in a line."""
+    """Describes a recipe in one line."""
     if name not in TABLE1:
         return " ".join((inspect.getdoc(make) or "").split("\n\n")[0].split())
     row = name.removeprefix("table1-")

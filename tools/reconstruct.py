@@ -1,4 +1,4 @@
-"""patchmill reconstruct: checkpoint + shards -> a PNG of masked | reconstruction | original (Figures 2, 4 and 6)."""
+"""Draws masked images, a checkpoint's reconstructions and the originals (He et al. 2021, Figures 2, 4 and 6)."""
 
 import dataclasses
 import sys
@@ -64,12 +64,12 @@ def main(argv: list[str]) -> int:
     write_sheet([*columns, Column("original", batch.images)], out, across=across)
     print(f"wrote {out}: {count} images of {config.data.path} through {source}")
     if model.config.norm_pix_loss:
-        print("this model predicts normalised pixels: each patch's mean and contrast are the true ones")
+        print("this model predicts normalised pixels: each patch is drawn with its true mean and contrast")
     return 0
 
 
 def mask_columns(model: VisionTransformer, batch: Batch, mask: MaskConfig, seed: int) -> list[Column]:
-    """A batch masked and its reconstruction, with titles that say how."""
+    """A masked batch and its reconstruction; the titles name the mask."""
     plan = MaskPlan.draw(
         mask, seed=seed, epoch=batch.epoch, sample_ids_B=batch.sample_ids, grid_hw=model.config.grid_hw
     )
@@ -80,7 +80,7 @@ def mask_columns(model: VisionTransformer, batch: Batch, mask: MaskConfig, seed:
 
 
 def parse_mask(text: str, default: MaskConfig) -> MaskConfig:
-    """The mask that "0.85", "grid" or "block:0.5" means. Raises ValueError for anything else.
+    """Parses a mask: "0.85", "grid" or "block:0.5". Raises ValueError for anything else.
 
     Example: "block:0.5" with a default of random masks of 0.75: block masks of 0.5.
     """

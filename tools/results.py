@@ -1,7 +1,7 @@
-"""patchmill results: folders of runs -> one Markdown table of what their features are worth.
+"""Gathers the results of all runs below a folder into one Markdown table.
 
-Every results.json below the folder is one number. A row is a pretraining run (or random or no weights); runs whose
-folders differ only in a trailing -s<seed> are one row, with mean and standard deviation.
+Each results.json gives one number. A row is a pretraining run (or random weights, or none); runs whose folders differ
+only in a trailing -s<seed> share a row, with mean and standard deviation.
 """
 
 import json
@@ -76,10 +76,11 @@ class Found(NamedTuple):
 def gather(folder: Path) -> dict[str, dict[str, list[float]]]:
     """row -> column -> top-1 of each seed, in the order of paths.
 
-    A column is a protocol; its test data are named where there are several, its folder where a seed comes twice.
+    A column is a protocol. Its title adds the test data where there are several, and the folder where a seed occurs
+    twice.
 
     Raises:
-        ValueError: a file that is none of ours.
+        ValueError: a results.json that Patchmill did not write.
     """
     everything = [_read(path) for path in sorted(folder.rglob(RESULTS))]
     tests = {found.test for found in everything}
@@ -104,11 +105,11 @@ def _read(path: Path) -> Found:
         protocol, top1, test = results["protocol"], float(results["top1"]), results["test"]
         return Found(row_name(results), protocol, top1, test, seeds, path.parent.name)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is no result of ours ({error!r}); move it elsewhere") from error
+        raise ValueError(f"{path} is not a results.json of Patchmill ({error!r}); move it elsewhere") from error
 
 
 def row_name(results: dict[str, Any]) -> str:
-    """What a result's row is called: the pretraining run without its seed, and how the weights began."""
+    """The title of a result's row: the pretraining run without its seed, and the initial weights."""
     if results["start"] == "scratch":
         return "from scratch"
     name = results.get("pretrained", {}).get("run") or Path(results["checkpoint"]).stem
@@ -135,7 +136,7 @@ def _cell(values: list[float]) -> str:
 
 
 def _place(column: str) -> tuple[int, float, str]:
-    """Where a column stands."""
+    """Sort key of a column."""
     protocol, blocks = column.split()[0], _blocks(column)
     if blocks is not None:
         return len(ORDER), blocks, column
@@ -155,7 +156,7 @@ def _draw(table: dict[str, dict[str, list[float]]], path: Path) -> None:
         if kept:
             lines[name] = kept
     if not lines:
-        raise ValueError("no partial fine-tuning among the results; leave --figure out")
+        raise ValueError("--figure draws partial fine-tuning, and the results have none; leave it out")
     write_sweep(lines, path)
     print(f"wrote {path}")
 

@@ -1,4 +1,4 @@
-"""patchmill runs: a folder of run folders -> a table of what they are and where they stand, and their losses."""
+"""Lists the runs below a folder with their state, and draws their losses."""
 
 import json
 import sys
@@ -28,18 +28,18 @@ class RunsArgs:
     """
 
     folder: tyro.conf.Positional[Path] = Path("runs")
-    """Searched for run folders, at any depth."""
+    """folder to search for runs, at any depth"""
     as_json: Annotated[bool, tyro.conf.arg(name="json")] = False
-    """One JSON object a line instead of a table."""
+    """print one JSON object per line instead of a table"""
     figure: Path | None = None
-    """PNG of the losses of all of them; unset: none"""
+    """PNG to draw the losses of all runs into; unset: none"""
 
 
 def main(argv: list[str]) -> int:
     """Runs the command."""
     args = parse(RunsArgs, "patchmill runs", argv)
     if not args.folder.is_dir():
-        raise ValueError(f"no folder {args.folder}; give the one that holds the runs (what --out was, or above it)")
+        raise ValueError(f"no folder {args.folder}; give the --out of a run, or a folder above it")
     runs = []
     for path in sorted(args.folder.rglob(STATUS)):
         try:
@@ -47,7 +47,7 @@ def main(argv: list[str]) -> int:
         except ValueError as error:
             print(f"left out: {error}", file=sys.stderr)
     if not runs:
-        raise ValueError(f"{args.folder} holds no runs; `patchmill pretrain --out {args.folder}/first ...` makes one")
+        raise ValueError(f"{args.folder} has no runs; make one: `patchmill pretrain --out {args.folder}/first ...`")
     if args.figure is not None:
         _draw(args.folder, runs, args.figure)
     if args.as_json:
@@ -59,7 +59,7 @@ def main(argv: list[str]) -> int:
 
 
 def describe(run: Path) -> dict[str, Any]:
-    """What a run folder says of itself. Raises ValueError when it is none."""
+    """Summarises a run folder. Raises ValueError for any other folder."""
     status = read_status(run)
     lines = read_metrics(run) if (run / "metrics.jsonl").exists() else []
     last = lines[-1] if lines else {}

@@ -1,6 +1,7 @@
-"""images -> [patchmill shard] -> a dataset: the command line of packing and what a person sees of it.
+"""Packs images into a dataset of WebDataset shards: options, progress bar, summary.
 
-The work is pack_dataset.py; what a source may be is sources.py, what becomes of an image normalise.py.
+packing/pack_dataset.py does the work, packing/open_source.py knows the kinds of sources, and packing/normalise.py
+decides how each image is stored.
 """
 
 import shutil

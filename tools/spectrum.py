@@ -1,4 +1,4 @@
-"""patchmill spectrum: checkpoints + shards -> how many directions their features use, as numbers and as a picture."""
+"""Measures how many directions the features of checkpoints use, as numbers and as a picture."""
 
 import json
 import sys
@@ -94,7 +94,7 @@ def checkpoint_spectrum(config: SpectrumConfig, checkpoint: str, world: World) -
         batch=config.batch_size, most=config.max_images,
     ).features  # fmt: skip
     if len(features_ND) < 2:
-        raise ValueError(f"{config.data.path} has fewer than two readable images; a spread needs more")
+        raise ValueError(f"{config.data.path} has fewer than two readable images; a spectrum needs at least two")
     return take_spectrum(features_ND)
 
 

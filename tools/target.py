@@ -1,6 +1,6 @@
-"""patchmill target: shards -> a file of what a model is to predict: a PCA basis, k-means codes, or dVAE tokens.
+"""Fits what a model predicts instead of pixels: a PCA basis or k-means codes; or checks the weights of a dVAE.
 
-The fit is trainer/target_fit.py; here are the command line and what a person sees of it.
+trainer/model/target_fit.py does the fitting; this file parses options and reports.
 """
 
 import dataclasses
@@ -95,7 +95,7 @@ def main(argv: list[str]) -> int:
 
 
 def _fit(config: TargetConfig, model: ModelConfig) -> tuple[dict[str, Tensor], str]:
-    """The tensors of a fitted target, and a line on how well it fits."""
+    """Fits a target: its tensors, and a line that says how well they fit."""
     require_data(config.data)
     device = join_world(config.device).device
     with progress_bar() as bar:
@@ -128,7 +128,7 @@ def _patches(
     """fp32 [B, K, P] batch by batch: K random patches of each training crop, normalised as the model's.
 
     Args:
-        most: patches that are wanted of all images together, as many of each; None: all.
+        most: patches to draw from all images together, equally many from each; None: all.
     """
     with build_loader(
         dataclasses.replace(config.data, last_batch="fill"),
@@ -153,14 +153,14 @@ def _read_dvae(path: str) -> tuple[dict[str, Tensor], str]:
     try:
         found = load_file(path)
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"--weights {path} is no safetensors file ({error}); a pickle is never opened") from error
+        raise ValueError(f"--weights {path} is not a safetensors file ({error}); pickles are never opened") from error
     with torch.device("meta"):
         wanted = DVAETokenizer(ModelConfig()).state_dict()
     wrong = [name for name, tensor in wanted.items() if name not in found or found[name].shape != tensor.shape]
     if wrong or len(found) != len(wanted):
         raise ValueError(
-            f"--weights {path} does not hold DALL-E's encoder: {len(wrong)} of {len(wanted)} tensors are missing or of "
-            f"another shape{f', the first is {wrong[0]}' if wrong else ''}, and {len(found)} are there"
+            f"--weights {path} is not DALL-E's encoder: {len(wrong)} of its {len(wanted)} tensors are missing or have "
+            f"another shape{f', the first is {wrong[0]}' if wrong else ''}; the file has {len(found)} tensors"
         )
     tensors = {f"tokenizer.{name}": tensor.float() for name, tensor in found.items()}
     return tensors, f"DALL-E's encoder, {sum(t.numel() for t in tensors.values()):,} values"
