@@ -99,7 +99,7 @@ def test_other_test_data_and_other_options_are_columns_of_their_own(tmp_path):
     }
     (tmp_path / "a" / "other").mkdir()
     (tmp_path / "a" / "other" / "results.json").write_text("[]")
-    with pytest.raises(ValueError, match="not a results.json of Patchmill"):
+    with pytest.raises(ValueError, match="is not a results file of Patchmill"):
         gather(tmp_path)
 
 

@@ -118,7 +118,7 @@ def test_merge_refuses_other_classes(tmp_path):
     b = make_dataset(tmp_path / "b", count=6, sides=(40, 60), names=("coffee.png",))
     with pytest.raises(ValueError, match="differ in their classes"):
         merge.main([str(tmp_path / "all"), str(a), str(b)])
-    with pytest.raises(ValueError, match="holds no unfinished dataset"):
+    with pytest.raises(ValueError, match="is not an unfinished dataset"):
         merge.main([str(tmp_path / "none")])
 
 

@@ -159,7 +159,7 @@ def test_disk_full(images, tmp_path, capsys, monkeypatch, whole_shards):
     monkeypatch.setattr(ShardWriter, "finish", finish)
     argv = (images, tmp_path / "out", "--shard-size-mb", "0.01", "--workers", "1")
     message = fails(capsys, *argv)
-    assert "no room left" in message
+    assert "no space left" in message
     left = sorted(path.name for path in tmp_path.rglob("*") if path.is_file() and path.suffix in (".tmp", ".tar"))
     assert left == [f"shard-{i:06d}.tar" for i in range(whole_shards)]
     assert (tmp_path / "out.partial").exists() == bool(whole_shards)
@@ -179,7 +179,7 @@ def test_file_size_limit_in_workers(tmp_path):
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)),
     )
     assert result.returncode == 2
-    assert "no room left" in result.stderr
+    assert "no space left" in result.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in"]
 
 

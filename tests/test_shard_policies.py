@@ -130,7 +130,7 @@ def test_splits_by_folder(tmp_path):
         make_image_folder(tmp_path / "in" / split, count=count, sides=(40, 60))
     listing = list_folder(tmp_path / "in")
     assert listing.classes == sorted(name.split(".")[0] for name in COLOUR)
-    assert "train, val are packed together" in listing.notes[0]
+    assert "train, val are packed into one dataset" in listing.notes[0]
     pieces = split_listing(listing, ("train", "val"))
     assert {name: len(piece) for name, piece in pieces.items()} == {"train": 12, "val": 6}
     assert pieces["val"].classes == listing.classes

@@ -268,16 +268,16 @@ def test_arrays_of_many_channels_become_tiffs(tmp_path, channels):
 @pytest.mark.parametrize(
     ("name", "data", "message"),
     [
-        ("a.zip", b"no zip", "no readable zip"),
+        ("a.zip", b"no zip", "not a readable zip"),
         ("a.tar", b"no tar" * 200, "no tar header"),
         ("a.tar.gz", b"no gzip", "damaged or cut short"),
-        ("a.npy", b"no array", "no array of images"),
-        ("a.csv", b"", "lists nothing"),
+        ("a.npy", b"no array", "not an array of images"),
+        ("a.csv", b"", "has no rows"),
         ("a.csv", b"x,y\n1,2\n", "--path-column"),
         ("a.csv", b"path\nhttp://x/1.jpg\n", "lists URLs"),
         ("a.jsonl", b"{\n", "line 1: not JSON"),
         ("a.pkl", b"", "pickle"),
-        ("a.dat", b"", "no known kind"),
+        ("a.dat", b"", "not of a known kind"),
     ],
 )
 def test_what_is_no_source_is_named(tmp_path, name, data, message):
@@ -289,7 +289,7 @@ def test_what_is_no_source_is_named(tmp_path, name, data, message):
 
 def test_pickled_arrays_are_refused(tmp_path):
     np.save(tmp_path / "in.npy", np.array([{"a": 1}], dtype=object), allow_pickle=True)
-    with pytest.raises(ValueError, match="no array of images"):
+    with pytest.raises(ValueError, match="not an array of images"):
         list_source(str(tmp_path / "in.npy"), Columns(), tmp_path / "staging")
 
 

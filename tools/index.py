@@ -38,7 +38,7 @@ class IndexArgs:
     workers: int = 0
     """Processes; 0 is one per processor."""
     max_pixels: int = 100_000_000
-    """Refuse images with more pixels than this, by their header."""
+    """Reject images whose header gives more pixels than this."""
     overwrite: bool = False
     """Replace an existing manifest, and trust what the tars hold now."""
     skip_damaged: bool = False

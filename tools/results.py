@@ -105,7 +105,7 @@ def _read(path: Path) -> Found:
         protocol, top1, test = results["protocol"], float(results["top1"]), results["test"]
         return Found(row_name(results), protocol, top1, test, seeds, path.parent.name)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is not a results.json of Patchmill ({error!r}); move it elsewhere") from error
+        raise ValueError(f"{path} is not a results file of Patchmill ({error!r}); move it elsewhere") from error
 
 
 def row_name(results: dict[str, Any]) -> str:

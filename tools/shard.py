@@ -44,51 +44,51 @@ class ShardArgs:
     """Class folders (ImageFolder) or a flat folder; .zip, .tar, .tar.gz; tars of a WebDataset ("train-{000..146}.tar");
     .csv, .jsonl, .parquet with a path column; Hugging Face Parquet; .npy, .npz; .beton. Tars and Parquet by URL too."""
     out: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="OUT")]
-    """The dataset's folder or URL; it is there when all is packed. The same command resumes an interrupted run."""
+    """The dataset's folder or URL; it appears when all is packed. The same command resumes an interrupted run."""
     shard_size_mb: float = 256.0
     """Size of a shard in MiB, by the sizes of the sources."""
     seed: int = 0
-    """Of the global shuffle."""
+    """Seed of the global shuffle."""
     workers: int = 0
     """Processes; 0 is one per processor. The output does not depend on it."""
     encode: Literal["keep", "jpeg"] = "keep"
-    """keep: sound baseline JPEGs and plain PNGs stay byte for byte. jpeg: everything becomes JPEG."""
+    """keep: undamaged baseline JPEGs and plain PNGs stay byte for byte. jpeg: everything becomes JPEG."""
     quality: int = REENCODE_QUALITY
-    """JPEG quality of images that are encoded anew."""
+    """JPEG quality of images that are encoded again."""
     resize: Literal["none", "shorter-side", "longest-side", "border"] = "none"
-    """Which side to bring down to --size (never up); border: the longest, then padded with black to a square."""
+    """Which side to shrink to --size (never enlarged); border: the longest, then padded with black to a square."""
     size: int = 0
     """Pixels of that side."""
     min_size: int = 1
     """Leave out images with a side shorter than this."""
     max_pixels: int = 100_000_000
-    """Refuse images with more pixels than this, by their header."""
+    """Reject images whose header gives more pixels than this."""
     alpha: Literal["drop", "keep"] = "drop"
-    """What becomes of an alpha channel."""
+    """What to do with an alpha channel."""
     dedupe: bool = False
-    """Leave out images whose bytes another one has."""
+    """Leave out images with the same bytes as another one."""
     max_samples: int = 0
     """Pack a random subset of this many; 0 packs all."""
     splits: tuple[str, ...] = ()
-    """Datasets of their own under OUT: top folders (train val) or shares (train:0.9 val:0.1)."""
+    """Separate datasets under OUT: top folders (train val) or shares (train:0.9 val:0.1)."""
     path_column: str = ""
-    """Column of a list that names the file (or holds the image); found by its name when not given."""
+    """Column of a list with the file's path (or the image); unset: the first usual name."""
     label_column: str = ""
-    """Column of a list that holds the label."""
+    """Column of a list with the label; unset: the first usual name."""
     caption_column: str = ""
-    """Column of a list that holds a caption."""
+    """Column of a list with a caption; unset: the first usual name."""
     max_bad_fraction: float = MAX_BAD_FRACTION
     """Stop when more than this fraction of the images is damaged."""
     format: Literal["webdataset", "beton"] = "webdataset"
     """beton: one file for FFCV instead (needs the extra ffcv)."""
     engine: Literal["processes", "ray"] = "processes"
-    """ray: the cluster at RAY_ADDRESS, or a local one."""
+    """Who packs: processes of this machine, or ray: the cluster at RAY_ADDRESS, or a local one."""
     part: str = ""
-    """I/N packs every N-th shard beginning with I (0 to N - 1); `patchmill merge OUT` then finishes the dataset."""
+    """I/N packs every N-th shard starting with I (0 to N - 1); `patchmill merge OUT` then finishes the dataset."""
 
 
 def main(argv: list[str]) -> int:
-    """Runs the command; 0 when all that was asked for is packed."""
+    """Runs the command."""
     args = parse(ShardArgs, "patchmill shard", argv)
     options, part = pack_options(args), parse_part(args.part)
     if args.format == "beton" and (args.splits or args.part or is_url(args.out)):
@@ -109,7 +109,7 @@ def main(argv: list[str]) -> int:
         for name, piece in pieces.items():
             pack_piece(piece, f"{args.out.rstrip('/')}/{name}" if name else args.out, options, args, part)
     except KeyboardInterrupt:
-        screen.print("the same command goes on from here", highlight=False)
+        screen.print("the same command resumes this run", highlight=False)
         raise
     if part[1] == 1:
         shutil.rmtree(staging, ignore_errors=True)
@@ -117,7 +117,7 @@ def main(argv: list[str]) -> int:
 
 
 def pack_piece(listing: Listing, out: str, options: PackOptions, args: ShardArgs, part: tuple[int, int]) -> None:
-    """Packs one listing with a bar and prints its summary."""
+    """Packs one listing under a progress bar and prints a summary."""
     started = time.monotonic()
     shards = out if args.format == "webdataset" else f"{out}.shards"
     with progress_bar(transient=True) as bar:
@@ -144,7 +144,7 @@ def pack_piece(listing: Listing, out: str, options: PackOptions, args: ShardArgs
 
 
 def pack_options(args: ShardArgs) -> PackOptions:
-    """The options that shape the content; ValueError for what cannot be."""
+    """The options that shape the content. Raises ValueError for wrong ones."""
     policy = Policy(args.encode, args.quality, args.resize, args.size, args.min_size, args.max_pixels, args.alpha)
     if args.workers < 0:
         raise ValueError(f"--workers {args.workers} must not be negative (0 is one per processor)")
@@ -154,7 +154,7 @@ def pack_options(args: ShardArgs) -> PackOptions:
 
 
 def parse_part(text: str) -> tuple[int, int]:
-    """ "3/8" -> (3, 8); empty is the whole."""
+    """Parses I/N: "3/8" gives (3, 8), an empty text (0, 1)."""
     if not text:
         return 0, 1
     part, slash, parts = text.partition("/")

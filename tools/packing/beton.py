@@ -1,8 +1,8 @@
-"""dataset <-> [.beton] <-> FFCV: writes and lists FFCV's one-file format, without encoding a JPEG again.
+"""Writes and lists FFCV's one-file format (.beton) without encoding a JPEG again.
 
-FFCV's own writer encodes anew and waits for ever when a worker raises. Here its page allocator and its header are used
-in this process, one sample after the other: an error is an error, the bytes of a JPEG stay what they are, and equal
-datasets give equal files. Images that are not JPEGs are stored as raw RGB pixels, which is FFCV's other kind.
+FFCV's own writer encodes every image again, and hangs when a worker raises. This file uses FFCV's page allocator and
+header in one process, sample after sample: an error stays an error, JPEG bytes stay unchanged, and equal datasets give
+equal files. Images that are not JPEGs are stored as raw RGB pixels, the other kind that FFCV knows.
 """
 
 from pathlib import Path
@@ -24,14 +24,14 @@ PAGE_BYTES = 2**23
 def write_beton(dataset: Dataset, path: Path) -> None:
     """Writes the fields `image` (RGB) and `label` (-1 unknown) of a dataset, in its order.
 
-    ValueError for images that FFCV cannot hold: TIFFs, and sides above 65,535 pixels.
+    Raises ValueError for images that FFCV cannot hold: TIFFs, and sides above 65,535 pixels.
     """
     writer_module, fields = import_ffcv()
     samples = dataset.samples
     if (samples["format"] == ImageFormat.TIFF).any():
-        raise ValueError(f"{dataset.root} holds images of more than 3 channels, which FFCV's RGB field cannot take")
+        raise ValueError(f"{dataset.root} has images of more than 3 channels, which FFCV's RGB field cannot hold")
     if max(samples["width"].max(), samples["height"].max()) > LARGEST_SIDE:
-        raise ValueError(f"{dataset.root} holds images wider or higher than {LARGEST_SIDE}: pack with --resize")
+        raise ValueError(f"{dataset.root} has images wider or higher than {LARGEST_SIDE} pixels: pack with --resize")
     pixels = np.where(
         samples["format"] == ImageFormat.JPEG, 0, samples["width"].astype(np.int64) * samples["height"] * 3
     )
@@ -58,7 +58,7 @@ def list_beton(path: Path, staging: Path) -> Listing:
         sizes = {int(row["ptr"]): int(row["size"]) for row in reader.alloc_table}
         stored = np.array([sizes[int(row["data_ptr"])] for row in image], np.uint64)
     except (ValueError, AssertionError, IndexError, KeyError, OSError) as error:
-        raise ValueError(f"{path} is no .beton with images, or is cut short: {error}") from None
+        raise ValueError(f"{path} is not a .beton with images, or is cut short: {error}") from None
     entries = make_entries(len(image))
     entries["method"] = Method.RAW
     entries["offset"], entries["stored"], entries["size"] = image["data_ptr"], stored, stored
@@ -87,7 +87,7 @@ def _write_samples(writer: Any, writer_module: Any, dataset: Dataset) -> None:
 
 
 def _store(destination: Any, image: tuple[np.void, bytes], malloc: Any) -> None:
-    """FFCV's hook for one image: JPEG bytes as they are, anything else as RGB pixels."""
+    """FFCV's hook for one image: stores JPEG bytes unchanged, anything else as RGB pixels."""
     row, data = image
     mode = JPEG_MODE if row["format"] == ImageFormat.JPEG else RAW_MODE
     content = np.frombuffer(data, np.uint8)
@@ -100,7 +100,7 @@ def _store(destination: Any, image: tuple[np.void, bytes], malloc: Any) -> None:
 
 
 def _fields_of(reader: Any) -> tuple[np.ndarray, np.ndarray]:
-    """(image metadata, labels; -1 where the file has none)."""
+    """(image metadata, labels); labels are -1 when the file has none."""
     kinds = [type(handler).__name__ for handler in reader.handlers.values()]
     image = reader.metadata[f"f{kinds.index('RGBImageField')}"]
     if "IntField" not in kinds:
@@ -109,6 +109,7 @@ def _fields_of(reader: Any) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _spool_pixels(path: Path, image: np.ndarray, entries: np.ndarray, raw: np.ndarray, staging: Path) -> Path:
+    """Copies the raw pixels of these rows into one file of PPM images and points their entries at it."""
     staging.mkdir(parents=True, exist_ok=True)
     spool = staging / "beton.spool"
     with path.open("rb") as source, spool.open("wb") as target:
@@ -122,10 +123,10 @@ def _spool_pixels(path: Path, image: np.ndarray, entries: np.ndarray, raw: np.nd
 
 
 def import_ffcv() -> tuple[Any, Any]:
-    """(ffcv.writer, ffcv.fields); ValueError when FFCV is not installed.
+    """(ffcv.writer, ffcv.fields). Raises ValueError when FFCV is not installed.
 
-    Importing FFCV leaves torch with one thread, which would slow, and change in the last digits, whatever this process
-    does with torch afterwards: the number is put back.
+    Importing FFCV leaves torch with one thread. That would slow whatever this process does with torch afterwards, and
+    change its last digits; so the number of threads is restored.
     """
     import torch
 

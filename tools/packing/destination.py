@@ -1,11 +1,11 @@
-"""pack -> [store] -> the dataset's folder: files that are whole or not there.
+"""Writes a dataset's files to a folder or a bucket: each file is complete or absent.
 
-On a file system a dataset is written into `OUT.partial` beside OUT and renamed at the end, so that OUT is finished the
-moment it exists. Within it every file is written under a temporary name of its process and renamed: two processes, or
-one that was killed and one that follows it, never write into each other's files.
+On a file system a dataset is written into `OUT.partial` next to OUT and renamed at the end: OUT is complete as soon as
+it exists. Each file in it is written under a temporary name with the process's id and renamed: two processes, or a
+killed one and its successor, never write into each other's files.
 
-In a bucket nothing can be renamed, but an object is whole or absent: files are staged in a temporary folder and put
-under their final names, and manifest.json, written last, is what makes the dataset.
+A bucket cannot rename, but an object is complete or absent: files are staged in a temporary folder and uploaded under
+their final names. manifest.json comes last and makes the dataset valid.
 """
 
 import errno
@@ -28,20 +28,20 @@ PARTS_FOLDER = "parts"
 
 @dataclass(frozen=True)
 class LocalStore:
-    """A dataset on a local (or mounted) file system: the name it will get, and the folder where it is being written."""
+    """A dataset on a local (or mounted) file system: its final folder, and the folder where it is written."""
 
     out: Path
     root: Path
 
     def create(self) -> None:
-        """Makes the folder; OSError says what stands in the way."""
+        """Makes the folder. Raises OSError with the reason when that fails."""
         try:
             (self.root / PARTS_FOLDER).mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise OSError(f"cannot make {self.root}: {error.strerror}; choose another place for {self.out}") from None
 
     def refuse_foreign(self) -> None:
-        """ValueError when OUT is there and is neither empty nor a dataset (which the plan will be compared with)."""
+        """Raises ValueError when OUT exists and is neither empty nor a dataset (the plan is compared with that one)."""
         if self.out.exists() and not self.out.is_dir():
             raise ValueError(f"{self.out} is a file: give the name of a new folder")
         if self.out.is_dir() and any(self.out.iterdir()) and not (self.out / MANIFEST_NAME).is_file():
@@ -54,7 +54,7 @@ class LocalStore:
 
     @contextmanager
     def writing(self, name: str) -> Iterator[BinaryIO]:
-        """A file to write that gets its name only when the block ends without an error; otherwise nothing is left."""
+        """A file to write; it gets its name when the block ends without an error, and is deleted otherwise."""
         temporary = self.root / f"{name}.{os.getpid()}.tmp"
         try:
             with temporary.open("wb", buffering=1 << 20) as file:
@@ -67,7 +67,7 @@ class LocalStore:
             raise
 
     def write_text(self, name: str, text: str) -> None:
-        """Writes a small file, whole or not at all."""
+        """Writes a small file, all of it or nothing."""
         with self.writing(name) as file:
             file.write(text.encode("utf-8", "surrogateescape"))
 
@@ -77,11 +77,11 @@ class LocalStore:
         return path.read_text("utf-8", "surrogateescape") if path.is_file() else None
 
     def has(self, name: str) -> bool:
-        """Whether a file is there, and so whole."""
+        """Whether a file exists; if so, it is complete."""
         return (self.root / name).is_file()
 
     def sha256(self, name: str) -> str:
-        """Hex digest of a finished file; FileNotFoundError when it is not there."""
+        """Hex digest of a finished file. Raises FileNotFoundError when it is missing."""
         with (self.root / name).open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -92,16 +92,16 @@ class LocalStore:
         (self.root / name).unlink(missing_ok=True)
 
     def publish(self) -> None:
-        """Gives the finished folder its name, then removes what only served the making."""
+        """Gives the finished folder its name, then removes plan and part records."""
         for leftover in self.root.rglob("*.tmp"):
             leftover.unlink(missing_ok=True)
         if self.out.is_dir():
-            self.out.rmdir()  # empty: checked at the start; if someone filled it since, this says so
+            self.out.rmdir()  # it was empty at the start; fails if someone has filled it since
         os.rename(self.root, self.out)
         self.clean_published()
 
     def clean_published(self) -> None:
-        """Removes the part records from a finished dataset (again, if the process was killed while it did)."""
+        """Removes plan and part records from a finished dataset; a killed run may have left them."""
         shutil.rmtree(self.out / PARTS_FOLDER, ignore_errors=True)
         (self.out / PLAN_NAME).unlink(missing_ok=True)
 
@@ -118,14 +118,14 @@ class RemoteStore:
 
     @property
     def root(self) -> str:
-        """Where it is being written: the part records lie beside the shards until the manifest is there."""
+        """Where it is written: the final place, since a bucket cannot rename."""
         return self.out
 
     def create(self) -> None:
-        """Nothing: folders in a bucket exist by their contents, and a bucket that is not there is no place to make."""
+        """Does nothing: a bucket has no empty folders, and a missing bucket is not created."""
 
     def refuse_foreign(self) -> None:
-        """ValueError when something lies at OUT that no run of ours left there."""
+        """Raises ValueError when OUT has objects that `patchmill shard` did not write."""
         fs, path = self._at("")
         ours = fs.exists(f"{path}/{MANIFEST_NAME}") or fs.exists(f"{path}/{PLAN_NAME}")
         if not ours and fs.exists(path) and fs.ls(path, detail=False):
@@ -137,7 +137,7 @@ class RemoteStore:
 
     @contextmanager
     def writing(self, name: str) -> Iterator[BinaryIO]:
-        """A local file to write that is put under its name only when the block ends without an error."""
+        """A local file to write; it is uploaded when the block ends without an error."""
         with tempfile.NamedTemporaryFile(prefix="patchmill-", buffering=1 << 20) as file:
             yield cast(BinaryIO, file)
             file.flush()
@@ -145,7 +145,7 @@ class RemoteStore:
             fs.put_file(file.name, path)
 
     def write_text(self, name: str, text: str) -> None:
-        """Writes a small file, whole or not at all."""
+        """Writes a small file, all of it or nothing."""
         fs, path = self._at(name)
         fs.pipe_file(path, text.encode("utf-8", "surrogateescape"))
 
@@ -155,12 +155,12 @@ class RemoteStore:
         return fs.cat_file(path).decode("utf-8", "surrogateescape") if fs.exists(path) else None
 
     def has(self, name: str) -> bool:
-        """Whether a file is there, and so whole."""
+        """Whether a file exists; if so, it is complete."""
         fs, path = self._at(name)
         return bool(fs.exists(path))
 
     def sha256(self, name: str) -> str:
-        """Hex digest of a finished file; FileNotFoundError when it is not there."""
+        """Hex digest of a finished file. Raises FileNotFoundError when it is missing."""
         fs, path = self._at(name)
         digest = hashlib.sha256()
         with fs.open(path, "rb") as file:
@@ -178,11 +178,11 @@ class RemoteStore:
             fs.rm(path)
 
     def publish(self) -> None:
-        """The manifest is there: removes what only served the making."""
+        """Removes plan and part records: the manifest is already written."""
         self.clean_published()
 
     def clean_published(self) -> None:
-        """Removes part records and plan (again, if the process was killed while it did)."""
+        """Removes plan and part records from a finished dataset; a killed run may have left them."""
         fs, path = self._at(PARTS_FOLDER)
         if fs.exists(path):
             fs.rm(path, recursive=True)
@@ -203,7 +203,7 @@ Store = LocalStore | RemoteStore
 
 
 def store_at(out: str | Path) -> Store:
-    """The store of a folder or URL; ValueError for a URL that cannot be written."""
+    """The store of a folder or URL. Raises ValueError for a URL that cannot be written."""
     if str(out).startswith("file://"):
         out = str(out).removeprefix("file://")
     if is_url(str(out)):
@@ -215,5 +215,5 @@ def store_at(out: str | Path) -> Store:
 
 
 def is_disk_full(error: OSError) -> bool:
-    """Whether a write failed for want of room or quota."""
+    """Whether a write failed because the disk or the quota is full."""
     return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)

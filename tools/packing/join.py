@@ -1,7 +1,7 @@
-"""part records -> [finish] -> manifest.json + samples.npy: joins the packed shards into one dataset.
+"""Joins the part records of packed shards into one dataset: manifest.json and samples.npy.
 
-Shards whose images were all rejected leave no gap: the others are renumbered. Everything here is a function of the
-part records alone, so that it makes no difference who packed which shard, or when.
+Shards whose images were all rejected leave no gap: the others are renumbered. The result is a function of the part
+records alone; who packed which shard, and when, makes no difference.
 """
 
 import hashlib
@@ -41,7 +41,7 @@ def read_part(store: Store, shard: int) -> dict[str, Any] | None:
 
 
 def verified_part(store: Store, shard: int) -> dict[str, Any] | None:
-    """The part record of a shard whose tar and index still are what it says; None when it must be packed again."""
+    """The part record of a shard whose tar and index still match it; None when the shard must be packed again."""
     record = read_part(store, shard)
     if record is None:
         return None
@@ -55,22 +55,22 @@ def verified_part(store: Store, shard: int) -> dict[str, Any] | None:
 
 
 def read_plan(store: Store) -> dict[str, Any]:
-    """plan.json of an unfinished dataset whose shards are all packed; ValueError names those that are missing."""
+    """plan.json of an unfinished dataset whose shards are all packed. Raises ValueError that names missing ones."""
     text = store.read_text(PLAN_NAME)
     if text is None:
-        raise ValueError(f"{redact(str(store.root))} holds no unfinished dataset: run `patchmill shard` first")
+        raise ValueError(f"{redact(str(store.root))} is not an unfinished dataset: run `patchmill shard` first")
     plan = json.loads(text)
     missing = [str(shard) for shard in range(plan["shards"]) if not store.has(part_name(shard))]
     if missing:
         shown = ", ".join(missing[:10]) + (", ..." if len(missing) > 10 else "")
         raise ValueError(
-            f"{len(missing)} of {plan['shards']} shards are not packed yet (numbers {shown}): run the parts with them"
+            f"{len(missing)} of {plan['shards']} shards are not packed yet (numbers {shown}): run their parts"
         )
     return plan
 
 
 def read_parts(store: Store, plan: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """The part records in order, one at a time: together they may be larger than memory should be."""
+    """The part records in order, one at a time: all of them together may not fit in memory."""
     for shard in range(plan["shards"]):
         record = read_part(store, shard)
         assert record is not None, shard  # read_plan saw it
@@ -78,7 +78,7 @@ def read_parts(store: Store, plan: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def finish(store: Store, plan: dict[str, Any]) -> Manifest:
-    """Renumbers the shards where some are empty, writes the tables, and gives the dataset its name."""
+    """Renumbers the shards around empty ones, writes the tables and publishes the dataset."""
     left_out: list[dict[str, str]] = list(plan["left_out"])
 
     def renumbered() -> Iterator[dict[str, Any]]:
@@ -108,9 +108,9 @@ def write_tables(
     store: Store, records: Iterable[dict[str, Any]], *, options: dict[str, Any], classes: list[str], plan_sha256: str,
     left_out: list[dict[str, str]],
 ) -> Manifest:  # fmt: skip
-    """Writes the sample table, the lists and last the manifest of these shards, in this order.
+    """Writes the sample table and the lists of these shards, and the manifest last.
 
-    `left_out` is written after the records have been read, which may add to it.
+    `left_out` is written after all records were read: reading them may add to it.
     """
     sums, shards, tables = PixelSums(), list[ShardInfo](), list[np.ndarray]()
     with store.writing(NAMES_NAME) as file:
@@ -184,5 +184,5 @@ def samples_bytes(samples: np.ndarray) -> bytes:
 
 
 def json_lines(values: list[Any]) -> str:
-    """One JSON value a line; ASCII, so that any file name survives."""
+    """One JSON value per line, in ASCII: any file name survives."""
     return "".join(json.dumps(value) + "\n" for value in values)

@@ -1,8 +1,8 @@
-"""source bytes -> [jpeg_scan] -> normalise: what a JPEG says about itself, without decoding it.
+"""Reads what a JPEG says about itself, without decoding it.
 
-Two facts that the decoders do not report decide whether a JPEG can be kept as it is: how it is coded (nvJPEG's hardware
-path and DALI's partial decode want baseline), and where it ends (trailing bytes hide a truncation from the check of the
-last two bytes that every read makes). The EXIF orientation is here too, because decoders disagree on applying it.
+Two facts that decoders do not report decide whether a JPEG can be kept unchanged: how it is coded (nvJPEG's hardware
+path and DALI's partial decode need baseline), and where it ends (trailing bytes hide a truncation from the check of the
+last two bytes that every read makes). The EXIF orientation is read here too, because decoders disagree on applying it.
 Marker names and layouts: ITU-T T.81, Annex B.
 """
 

@@ -1,8 +1,8 @@
-"""zip and tar archives -> [listing] -> plan: images read straight out of archives, nothing is extracted.
+"""Lists the images of zip and tar archives; packing reads them from there, nothing is extracted.
 
-Only offsets are kept, so that a worker reads one image with one seek. Names inside an archive are names and never
-become paths. A tar that holds labels or captions beside its images (`.cls`, `.txt`, `.json`) is a WebDataset; any other
-archive is a tree of folders.
+Only offsets are kept: a worker reads one image with one seek. Names inside an archive stay names and never become
+paths. A tar with labels or captions next to its images (`.cls`, `.txt`, `.json`) is a WebDataset; any other archive is
+a tree of folders.
 """
 
 import bz2
@@ -41,7 +41,7 @@ ENCRYPTED = 0x1  # zip flag bit
 
 
 def list_zip(path: Path) -> Listing:
-    """Lists the images of a zip archive; ValueError when it is no zip or is cut short."""
+    """Lists the images of a zip archive. Raises ValueError when it is not a zip or is cut short."""
     names, rows, ignored = [], [], []
     try:
         with zipfile.ZipFile(path) as archive, path.open("rb") as file:
@@ -53,14 +53,14 @@ def list_zip(path: Path) -> Listing:
                 elif info.flag_bits & ENCRYPTED:
                     ignored.append((info.filename, "encrypted"))
                 elif info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-                    ignored.append((info.filename, f"zip compression {info.compress_type} is not read"))
+                    ignored.append((info.filename, f"zip compression {info.compress_type} is not supported"))
                 else:
                     names.append(info.filename)
                     method = Method.RAW if info.compress_type == zipfile.ZIP_STORED else Method.DEFLATE
                     offset = _data_offset(file, info.header_offset)
                     rows.append((0, method, offset, info.compress_size, info.file_size, info.CRC, -1))
     except (zipfile.BadZipFile, OSError, ValueError) as error:
-        raise ValueError(f"{path} is no readable zip archive: {error}") from None
+        raise ValueError(f"{path} is not a readable zip archive: {error}") from None
     order = sorted(range(len(names)), key=names.__getitem__)
     names, entries = [names[i] for i in order], np.array(rows, ENTRY_DTYPE)[order]
     entries["label"], classes, notes = labels_from_folders(names)
@@ -68,9 +68,9 @@ def list_zip(path: Path) -> Listing:
 
 
 def list_tars(paths: list[Path]) -> Listing:
-    """Lists the images of tars: a WebDataset where images have labels or captions beside them, else trees of folders.
+    """Lists the images of tars: a WebDataset where images have labels or captions next to them, else trees of folders.
 
-    Duplicate keys and second images of a sample are left out with a reason. TarDamage names the tar and the byte.
+    Duplicate keys and second images of a sample are left out with a reason. Raises TarDamage that names tar and byte.
     """
     found = [_scan_tar(i, path) for i, path in enumerate(paths)]
     images = [image for tar in found for image in tar.images]
@@ -94,7 +94,7 @@ def list_tars(paths: list[Path]) -> Listing:
 
 
 def decompressed(path: Path, folder: Path) -> Path:
-    """A compressed tar cannot be read by offset: unpacks the compression (not the tar) into `folder` once."""
+    """Decompresses a tar into `folder` (without extracting it): only a plain tar can be read by offset."""
     plain = folder / (path.name.removesuffix(path.suffix).removesuffix(".tar") + ".tar")
     folder.mkdir(parents=True, exist_ok=True)
     temporary = plain.with_name(plain.name + ".tmp")
@@ -124,14 +124,14 @@ class _TarContents:
 
 
 def _scan_tar(container: int, path: Path) -> _TarContents:
-    """The images of one tar with what lies beside them under the same key."""
+    """The images of one tar, with the label and caption under the same key."""
     contents = _TarContents([], [])
     by_key: dict[str, _TarImage] = {}
     with path.open("rb") as file:
         try:
             members = list(walk_tar(file))
         except TarDamage as damage:
-            raise TarDamage(f"{path} {damage}: fetch it again, or take it out") from None
+            raise TarDamage(f"{path} {damage}: download it again, or remove it") from None
         for member in members:
             if is_hidden(member.name.removeprefix("./")) or not is_image_name(member.name):
                 continue
@@ -152,7 +152,7 @@ def _scan_tar(container: int, path: Path) -> _TarContents:
 
 
 def _drop_second_images(contents: _TarContents, by_key: dict[str, _TarImage]) -> None:
-    """Of `1.jpg` and `1.seg.png`, one sample to WebDataset, only the first is the picture."""
+    """Keeps `1.jpg` and drops `1.seg.png`: both are one sample to WebDataset, and only the first is the picture."""
     for image in list(contents.images):
         split = split_key(image.member.name)
         if split and "." in split[1] and split[0] in by_key:
@@ -178,7 +178,7 @@ def _attach(image: _TarImage, extension: str, content: bytes) -> None:
 
 
 def _data_offset(file: BinaryIO, header_offset: int) -> int:
-    """Where a zip member's bytes begin: its local header has lengths of its own."""
+    """Where a zip member's bytes begin. The lengths in its local header may differ from the central directory's."""
     file.seek(header_offset)
     header = file.read(30)
     if header[:4] != b"PK\x03\x04":

@@ -1,8 +1,8 @@
-"""file lists, Parquet and NumPy arrays -> [listing] -> plan: images that a table names or holds.
+"""Lists images that file lists, Parquet files and NumPy arrays name or hold.
 
-A table with a `path` column (CSV, JSONL, Parquet) lists files; relative paths count from the table's folder. Parquet
-whose image column holds bytes (Hugging Face datasets, written as `{bytes, path}`) is copied once into a plain file
-beside the output, because a global shuffle reads rows in an order that Parquet cannot serve. Pickles are not read.
+A table with a `path` column (CSV, JSONL, Parquet) lists files; relative paths start at the table's folder. Parquet
+whose image column holds bytes (Hugging Face datasets write `{bytes, path}`) is copied once into a plain file next to
+the output: a global shuffle reads rows in an order that Parquet cannot serve. Pickles are not read.
 """
 
 import csv
@@ -42,7 +42,7 @@ def list_table(path: Path, columns: Columns, staging: Path) -> Listing:
 
 
 def list_parquet(paths: list[Path], columns: Columns, staging: Path) -> Listing:
-    """Lists Parquet files of one schema: rows that hold image bytes, or rows that name files."""
+    """Lists Parquet files of one schema whose rows hold image bytes or name files."""
     try:
         from pyarrow import ArrowInvalid, parquet
     except ImportError:
@@ -55,26 +55,26 @@ def list_parquet(paths: list[Path], columns: Columns, staging: Path) -> Listing:
             return _listed_files(paths[0], rows, columns)
         return _spooled(paths, image, schema, columns, staging)
     except ArrowInvalid as error:
-        raise ValueError(f"{paths[0].parent} holds Parquet that cannot be read: {error}") from None
+        raise ValueError(f"{paths[0].parent} has Parquet files that cannot be read: {error}") from None
 
 
 def list_array(path: Path, staging: Path) -> Listing:
     """Lists the images of a NumPy array: uint8 [N, H, W], [N, H, W, C] or [N, C, H, W], in .npy or .npz.
 
-    Labels come from the .npz (labels, y, ...), or from `<name>_labels.npy` or `labels.npy` beside an .npy.
+    Labels come from the .npz (labels, y, ...), or from `<name>_labels.npy` or `labels.npy` next to an .npy.
     """
     try:
         images, labels = _load_arrays(path)
     except (ValueError, EOFError, OSError) as error:
-        raise ValueError(f"{path} is no array of images: {error}") from None
+        raise ValueError(f"{path} is not an array of images: {error}") from None
     if images.dtype != np.uint8 or images.ndim not in (3, 4):
-        raise ValueError(f"{path} holds {images.dtype} {images.shape}: images are uint8 [N, H, W, C]")
+        raise ValueError(f"{path}: expected images as uint8 [N, H, W, C], found {images.dtype} {images.shape}")
     if images.ndim == 4 and images.shape[3] > 8 >= images.shape[1]:
         images = images.transpose(0, 2, 3, 1)
     if images.ndim == 4 and images.shape[3] > 8:
-        raise ValueError(f"{path} holds images of {images.shape[3]} channels: at most 8 are read")
+        raise ValueError(f"{path}: expected at most 8 channels, found {images.shape[3]}")
     if labels is not None and labels.shape != (len(images),):
-        raise ValueError(f"{path} has {len(images)} images and labels of shape {labels.shape}")
+        raise ValueError(f"{path}: expected one label for each of {len(images)} images, found shape {labels.shape}")
     container, start = _flat_pixels(path, images, staging)
     size = int(np.prod(images.shape[1:]))
     entries = make_entries(len(images))
@@ -90,14 +90,14 @@ def list_array(path: Path, staging: Path) -> Listing:
 
 def _listed_files(table: Path, rows: list[dict[str, Any]], columns: Columns) -> Listing:
     if not rows:
-        raise ValueError(f"{table} lists nothing")
+        raise ValueError(f"{table} has no rows")
     path_column = _column(table, rows[0], columns.path, PATH_COLUMNS, "--path-column")
     assert path_column is not None
     label_column = _column(table, rows[0], columns.label, LABEL_COLUMNS, "--label-column", needed=False)
     caption_column = _column(table, rows[0], columns.caption, CAPTION_COLUMNS, "--caption-column", needed=False)
     names = [str(row.get(path_column) or "") for row in rows]
     if "://" in names[0]:
-        raise ValueError(f"{table} lists URLs: fetch the images first (img2dataset does), then pack its tars")
+        raise ValueError(f"{table} lists URLs: download the images first (img2dataset does), then pack its tars")
     entries = make_entries(len(rows))
     entries["method"] = Method.FILE
     entries["size"] = entries["stored"] = [_size(table.parent / name) for name in names]
@@ -219,7 +219,7 @@ def _flat_pixels(path: Path, images: np.ndarray, staging: Path) -> tuple[Path, i
 
 
 def _size(path: Path) -> int:
-    """Bytes of a file; 0 when it is missing, which reading it will report."""
+    """Bytes of a file; 0 when it is missing, which is reported when it is read."""
     try:
         return path.stat().st_size
     except OSError:

@@ -1,8 +1,8 @@
-"""[where the images are] -> plan -> pack: any collection as one listing, read back sample by sample.
+"""Describes any collection of images as one listing, and reads its samples.
 
-A listing names every image and says where its bytes lie: a file of its own, a range of an archive, or a row of an
-array. It is a table, not a list of objects: a million files take about 150 MB. Reading a sample needs nothing but its
-row, so that any worker can read any sample in any order.
+A listing names every image and says where its bytes are: in a separate file, in a range of an archive, or in a row of
+an array. It is a table, not a list of objects: a million files take about 150 MB. Reading a sample needs nothing but
+its row: any worker can read any sample in any order.
 """
 
 import os
@@ -21,7 +21,7 @@ SPLIT_NAMES = frozenset(["train", "training", "val", "valid", "validation", "tes
 class Method(IntEnum):
     """How a sample's bytes are stored."""
 
-    FILE = 0  # a file of its own: container folder / name
+    FILE = 0  # a separate file: container folder / name
     RAW = 1  # `stored` bytes at `offset` of the container
     DEFLATE = 2  # the same, compressed (zip)
     PIXELS = 3  # the same, raw uint8 pixels of Listing.pixel_shape
@@ -32,7 +32,7 @@ ENTRY_DTYPE = np.dtype(
         ("container", "<u4"),  # index into Listing.containers
         ("method", "u1"),  # Method
         ("offset", "<u8"),
-        ("stored", "<u8"),  # bytes it takes there
+        ("stored", "<u8"),  # bytes in the container
         ("size", "<u8"),  # bytes of the encoded image, which shards are planned by
         ("crc32", "<u4"),  # of the image, where the archive knows it (DEFLATE and RAW in zips); else 0
         ("label", "<i4"),  # index into Listing.classes; -1 unknown
@@ -41,15 +41,15 @@ ENTRY_DTYPE = np.dtype(
 
 
 class SourceDamage(ValueError):
-    """The bytes of one sample cannot be had from its container."""
+    """The container no longer has the bytes of a sample."""
 
 
 @dataclass(frozen=True)
 class Listing:
     """Every image of a collection: `names[i]`, `entries[i]` and, where there are any, `captions[i]`.
 
-    Names are unique to a reader's eye only; they decide order and shuffle. `ignored` holds (name, reason) of what is
-    no image by its name; `notes` are lines for the user.
+    Names need not be unique; they decide order and shuffle. `ignored` has (name, reason) of files that are not images
+    by their names; `notes` are lines to show the user.
     """
 
     names: list[str]
@@ -65,7 +65,7 @@ class Listing:
         return len(self.names)
 
     def take(self, rows: np.ndarray) -> "Listing":
-        """These rows in this order, without what concerns the whole collection."""
+        """These rows in this order, without `ignored` and `notes`, which concern the whole collection."""
         captions = [self.captions[i] for i in rows] if self.captions is not None else None
         return replace(
             self,
@@ -85,7 +85,7 @@ def make_entries(count: int) -> np.ndarray:
 
 
 def read_sample(listing: Listing, row: int) -> bytes:
-    """The bytes of one sample; SourceDamage when its container no longer holds them, OSError as the system says."""
+    """The bytes of one sample. Raises SourceDamage when its container has changed, OSError when it cannot be read."""
     entry = listing.entries[row]
     container = listing.containers[entry["container"]]
     if entry["method"] == Method.FILE:
@@ -107,12 +107,12 @@ def read_sample(listing: Listing, row: int) -> bytes:
 
 
 def is_hidden(name: str) -> bool:
-    """Files of the system's own (`.DS_Store`, `__MACOSX/`), which no listing shows."""
+    """Whether a file belongs to the operating system (`.DS_Store`, `__MACOSX/`); such files are not listed."""
     return any(part.startswith(".") or part == "__MACOSX" for part in name.split("/"))
 
 
 def list_folder(root: Path) -> Listing:
-    """Lists a folder of images: class folders (the ImageFolder layout) or flat; follows links, once each."""
+    """Lists a folder of images: class folders (the ImageFolder layout) or flat; follows each linked folder once."""
     if not root.exists():
         raise FileNotFoundError(f"no folder {root}: give a folder of images")
     found: list[tuple[str, int]] = []
@@ -144,7 +144,7 @@ def list_folder(root: Path) -> Listing:
 
 
 def _file_size(child: os.DirEntry) -> int:
-    """Bytes, 0 for a dangling link, which is then found when it is read."""
+    """Bytes of a file; 0 for a dangling link, which is reported when it is read."""
     try:
         return child.stat().st_size
     except OSError:
@@ -154,8 +154,8 @@ def _file_size(child: os.DirEntry) -> int:
 def labels_from_folders(names: list[str]) -> tuple[np.ndarray, list[str], list[str]]:
     """(labels int32, classes, notes): the class of `dog/x/1.jpg` is `dog`; images outside folders have none.
 
-    A folder that holds everything is no class unless nothing lies deeper, and folders that are all called like splits
-    (train, val, test) are not classes but hold them.
+    A folder around everything is not a class, unless it has no subfolders. Folders that are all named like splits
+    (train, val, test) are not classes either; their subfolders are.
     """
     depth = len(common_folder(names))
     tops = {parts[0] if len(parts) > 1 else None for parts in (name[depth:].split("/", 2) for name in names)}
@@ -163,7 +163,7 @@ def labels_from_folders(names: list[str]) -> tuple[np.ndarray, list[str], list[s
     notes = []
     if within_splits and len(tops) > 1:
         together = ", ".join(sorted(str(top) for top in tops))
-        notes.append(f"the splits {together} are packed together; --splits keeps them apart")
+        notes.append(f"the splits {together} are packed into one dataset; --splits keeps them apart")
     level = 1 if within_splits else 0
     parts_of = (name[depth:].split("/", level + 1) for name in names)
     folders = [parts[level] if len(parts) > level + 1 else "" for parts in parts_of]
@@ -173,7 +173,7 @@ def labels_from_folders(names: list[str]) -> tuple[np.ndarray, list[str], list[s
 
 
 def numbered_labels(labels: list[str]) -> tuple[np.ndarray, list[str]]:
-    """(int32 labels, classes) of labels as written: numbers are indices, anything else names; empty and -1 unknown."""
+    """(int32 labels, classes) of written labels: numbers are indices, other texts are names; "" and -1 are unknown."""
     labels = ["" if label == "-1" else label for label in labels]
     known = {label for label in labels if label}
     if all(label.isascii() and label.isdigit() and len(label) < 7 for label in known):

@@ -1,10 +1,10 @@
-"""source bytes -> [normalise] -> shard: one image as every decoder reads it alike, or the reason why not.
+"""Brings one image into the form that all decoders read alike, or says why it cannot.
 
 Kept byte for byte: baseline 8-bit JPEGs in grey or YCbCr, and plain 8-bit PNGs in grey or RGB, both upright.
 Everything else is decoded to its documented pixels (docs/data_format.md) and encoded again: grey and YCbCr JPEGs as
-baseline JPEG with their own quantisation tables, all others as PNG, which loses nothing. Every image is decoded
-strictly once, here: decoders return wrong pixels without an error from damaged bytes, so that what passes this file and
-its checksum is what training sees.
+baseline JPEG with their own quantisation tables, all others as PNG, which is lossless. Every image is strictly decoded
+here, once: decoders return wrong pixels from damaged bytes without an error. Training sees what passed this file and
+its checksum.
 
 Pixels are uint8 [height, width] (grey) or [height, width, channels].
 """

@@ -1,4 +1,4 @@
-"""what the user named -> [list_source] -> listing: tells folders, archives, tables, arrays and URLs apart."""
+"""Lists the images of whatever the user named: a folder, an archive, a table, an array or a URL."""
 
 import hashlib
 import os
@@ -21,10 +21,14 @@ KINDS = "a folder, .zip, .tar, .tar.gz, .csv, .jsonl, .parquet, .npy, .npz or .b
 
 
 def list_source(source: str, columns: Columns, staging: Path) -> Listing:
-    """Lists the images of any source; `staging` takes copies of what cannot be read in place (remote files, Parquet).
+    """Lists the images of any source.
 
-    source: a path, a pattern of tars (`train-{000..146}.tar`, `shards/*.tar`) or a URL. FileNotFoundError when nothing
-    is there, ValueError for what is none of these kinds.
+    Args:
+        source: a path, a pattern of tars (`train-{000..146}.tar`, `shards/*.tar`) or a URL.
+        staging: folder for copies of what cannot be read in place (remote files, Parquet).
+    Raises:
+        FileNotFoundError: the source does not exist.
+        ValueError: it is of another kind, or damaged.
     """
     paths = _local_paths(source, staging)
     if len(paths) > 1:
@@ -45,8 +49,8 @@ def list_source(source: str, columns: Columns, staging: Path) -> Listing:
     if path.suffix in ARRAYS:
         return list_array(path, staging)
     if path.suffix in (".pkl", ".pickle", ".pt") or path.name.startswith("data_batch"):
-        raise ValueError(f"{path} is a pickle, which can run code when it is read: save its arrays as .npy or .npz")
-    raise ValueError(f"{path} is of no known kind: give {KINDS}")
+        raise ValueError(f"{path} is a pickle, and reading one can run code: save its arrays as .npy or .npz")
+    raise ValueError(f"{path} is not of a known kind: give {KINDS}")
 
 
 def staging_folder(out: str) -> Path:
@@ -58,7 +62,7 @@ def staging_folder(out: str) -> Path:
 
 
 def _local_paths(source: str, staging: Path) -> list[Path]:
-    """Files of this machine that the source stands for; remote ones are copied into `staging` first."""
+    """The local files of a source; remote ones are copied into `staging` first."""
     if not is_url(source):
         if Path(source).exists():
             return [Path(source)]
@@ -77,7 +81,7 @@ def _local_paths(source: str, staging: Path) -> list[Path]:
 
 
 def _remote_folder(url: str) -> list[str]:
-    """The tars, or else the Parquet files, below a remote folder (a Hugging Face dataset repository is one)."""
+    """The tars, or else the Parquet files, below a remote folder, such as a Hugging Face dataset repository."""
     for pattern in ("**/*.tar", "**/*.parquet"):
         if found := _remote_matches(f"{url.rstrip('/')}/{pattern}"):
             return found
@@ -90,7 +94,7 @@ def _remote_matches(url: str) -> list[str]:
 
 
 def download(url: str, folder: Path) -> Path:
-    """Copies a remote file into `folder` unless it is there already with its size; returns the local path."""
+    """Copies a remote file into `folder`, unless a file of its size is there already; returns the local path."""
     fs, path = open_filesystem(url)
     local = folder / Path(urlsplit(url).path).name
 
@@ -116,11 +120,11 @@ def _list_several(source: str, paths: list[Path], columns: Columns, staging: Pat
         return list_tars(paths)
     if suffixes == {".parquet"}:
         return list_parquet(paths, columns, staging)
-    raise ValueError(f"{redact(source)} stands for files of several kinds; several files must be .tar or .parquet")
+    raise ValueError(f"{redact(source)} matches files of several kinds; several files must all be .tar or all .parquet")
 
 
 def with_class_names(listing: Listing, manifest: Path) -> Listing:
-    """A dataset of ours keeps the names of its classes, which its tars do not hold."""
+    """Restores a dataset's class names from its manifest: its tars hold only numbers."""
     if not manifest.is_file():
         return listing
     classes = Manifest.from_json(manifest.read_text("utf-8"), str(manifest)).classes
@@ -128,7 +132,7 @@ def with_class_names(listing: Listing, manifest: Path) -> Listing:
 
 
 def _list_folder(path: Path, columns: Columns, staging: Path) -> Listing:
-    """A folder of images; of tars or Parquet files when it holds these and no images."""
+    """Lists a folder of images, or of tars or Parquet files when it has no images."""
     listing = list_folder(path)
     if len(listing):
         return listing

@@ -1,6 +1,6 @@
-"""listing -> [plan, resume, pack, finish] -> dataset: the whole of packing, without a screen.
+"""Packs a listing into a dataset: plans, resumes, packs and joins, without a screen.
 
-`patchmill shard`, `patchmill merge`, the demo and the tests all come through here.
+`patchmill shard`, `patchmill merge`, the demo and the tests all use this file.
 """
 
 import json
@@ -24,7 +24,7 @@ Engine = Callable[[Iterable[ShardTask], Store, Progress], None]
 
 @dataclass
 class Run:
-    """How a packing run goes: totals of this part, and what has been packed so far, earlier runs included."""
+    """Progress of a packing run: the totals of this part, and what is packed so far, earlier runs included."""
 
     total_images: int
     total_bytes: int
@@ -34,7 +34,7 @@ class Run:
     on_progress: Callable[["Run"], None] = field(default=lambda run: None)
 
     def add(self, images: int, size: int, bad: int) -> None:
-        """Counts what was just packed."""
+        """Counts images that were just packed."""
         self.images, self.bytes, self.bad = self.images + images, self.bytes + size, self.bad + bad
         self.on_progress(self)
 
@@ -50,10 +50,13 @@ def pack_dataset(
     engine: Engine | None = None,
     on_progress: Callable[[Run], None] = lambda run: None,
 ) -> Manifest | None:
-    """Packs a listing into the folder `out`; returns its manifest, or None when other parts are still to be packed.
+    """Packs a listing into the folder or URL `out`; resumes an interrupted run of the same plan.
 
-    An interrupted run of the same plan is resumed; ValueError for anything else that stands at `out`, for an empty
-    listing and for too many bad images; OSError when the output cannot be written.
+    Returns:
+        The manifest; None when other parts remain to be packed.
+    Raises:
+        ValueError: `out` holds anything else, the listing is empty, or too many images are bad.
+        OSError: the output cannot be written.
     """
     store = store_at(out)
     store.refuse_foreign()
@@ -83,7 +86,7 @@ def pack_dataset(
         if run.bad <= allowed and todo:
             _engine(engine, min(workers or processors(), todo))(pending(plan, done, *part), store, report)
     except Stopped:
-        pass  # too many are bad: said below, with examples
+        pass  # too many are bad: _too_bad says so, with examples
     except OSError as error:
         raise _named(error, store, plan, alone=part[1] == 1) from None
     if run.bad > allowed:
@@ -94,7 +97,7 @@ def pack_dataset(
 
 
 def join(store: Store) -> Manifest:
-    """Makes the dataset of an unfinished folder whose shards are all packed."""
+    """Finishes a dataset whose shards are all packed."""
     plan = read_plan(store)
     if not any(record["rows"] for record in read_parts(store, plan)):
         examples = _examples([entry for record in read_parts(store, plan) for entry in record["left_out"]])
@@ -104,18 +107,18 @@ def join(store: Store) -> Manifest:
         return finish(store, plan)
     except OSError as error:
         if is_disk_full(error):
-            remedy = "make room and give the command again"
-            raise OSError(f"no room left for the manifest in {shown(store.root)}: {remedy}") from None
+            remedy = "free some space and run the command again"
+            raise OSError(f"no space left for the manifest in {shown(store.root)}: {remedy}") from None
         raise
 
 
 def count_bad(record: dict[str, Any]) -> int:
-    """Images of a part record that were damaged or no images."""
+    """Images of a part record that were damaged or not images."""
     return sum(entry["kind"] == "bad" for entry in record["left_out"])
 
 
 def finished_before(store: Store, plan: Plan) -> Manifest | None:
-    """The manifest when `out` is this very plan, packed; ValueError when it is another dataset."""
+    """The manifest when this plan is already packed at `out`. Raises ValueError when another dataset is there."""
     text = store.published_manifest()
     if text is None:
         return None
@@ -129,12 +132,12 @@ def finished_before(store: Store, plan: Plan) -> Manifest | None:
 
 
 def begin(store: Store, plan: Plan) -> None:
-    """Makes or resumes the unfinished folder; ValueError when it belongs to another plan."""
+    """Makes the unfinished folder, or resumes it. Raises ValueError when it belongs to another plan."""
     text = store.read_text(PLAN_NAME)
     if text is not None and json.loads(text)["fingerprint"] != plan.fingerprint:
         raise ValueError(
-            f"{shown(store.root)} is an unfinished run with other images or options: delete it to begin anew, or give "
-            "the command that it was begun with"
+            f"{shown(store.root)} is an unfinished run with other images or options: delete it to start over, or run "
+            "the command that started it"
         )
     store.create()
     description: dict[str, Any] = {
@@ -149,7 +152,7 @@ def begin(store: Store, plan: Plan) -> None:
 
 
 def shards_of(plan: Plan, part: tuple[int, int]) -> range:
-    """The shards of part i of n: every n-th, beginning with i."""
+    """The shards of part i of n: every n-th, starting with i."""
     return range(part[0], plan.num_shards, part[1])
 
 
@@ -167,7 +170,7 @@ def _engine(engine: Engine | None, workers: int) -> Engine:
 
 
 def _named(error: OSError, store: Store, plan: Plan, alone: bool) -> OSError:
-    """The error with what became of the run; an unfinished folder without a whole shard is removed if it is `alone`."""
+    """The error, with what is kept of the run. Removes an unfinished folder without a complete shard, if `alone`."""
     done = sum(store.has(part_name(shard)) for shard in range(plan.num_shards))
     if not done and alone:
         store.abandon()
@@ -175,7 +178,7 @@ def _named(error: OSError, store: Store, plan: Plan, alone: bool) -> OSError:
         return OSError(f"cannot write {shown(store.root)}: {error.strerror or error} ({done} shards are kept)")
     kept = f"{done} of {plan.num_shards} shards are kept in {shown(store.root)}; " if done else "nothing was kept; "
     return OSError(
-        f"no room left for {shown(store.out)} ({error.strerror}): {kept}make room and give the same command again"
+        f"no space left for {shown(store.out)} ({error.strerror}): {kept}free some space and run the same command again"
     )
 
 
@@ -190,7 +193,7 @@ def _too_bad(store: Store, plan: Plan, run: Run, max_bad_fraction: float, alone:
         store.abandon()
     return ValueError(
         f"{run.bad} of {run.total_images} images are bad, above --max-bad-fraction {max_bad_fraction}"
-        f"{_examples(left_out, ' (', ')')}: {where}mend the source, or give a larger fraction to leave them out"
+        f"{_examples(left_out, ' (', ')')}: {where}repair the source, or give a larger fraction to leave them out"
     )
 
 

@@ -1,8 +1,8 @@
-"""plan -> [pack] -> tar + part record: one shard at a time, by any process, with the same bytes.
+"""Packs one shard into a tar and a part record, with the same bytes in any process.
 
-A worker is given a ShardTask and writes three files into the unfinished dataset: the tar, its index, and last the part
-record (parts/shard-000000.json), which holds what the manifest will need. Each is written under a name of its own and
-then renamed, so that a record that exists stands for a whole shard. `finish.py` joins the records.
+A worker takes a ShardTask and writes three files into the unfinished dataset: the tar, its index, and last the part
+record (parts/shard-000000.json), which has what the manifest will need. Each is written under a temporary name and
+renamed: a part record that exists means a complete shard. join.py joins the records.
 """
 
 import hashlib
@@ -25,15 +25,15 @@ Progress = Callable[[int, int, int], bool]  # (images, source bytes, bad images)
 
 
 class Stopped(Exception):
-    """The run is being stopped; the shard in hand is dropped."""
+    """The run is being stopped; the shard in work is dropped."""
 
 
 @dataclass
 class PixelSums:
-    """Exact integer sums over a grid of pixels, so that no order of adding changes the statistics.
+    """Exact integer sums over a grid of pixels; the order of adding images does not change them.
 
     Counts every s-th pixel of an image in both directions, s = max(1, shorter side // 64): some 4,000 to 20,000 pixels
-    whatever the size. Grey counts as three equal channels.
+    for any size. Grey counts as three equal channels.
     """
 
     pixels: int = 0
@@ -64,9 +64,9 @@ class PixelSums:
 
 
 def pack_shard(task: ShardTask, store: Store, progress: Progress) -> None:
-    """Packs one shard into `store`; images that cannot be packed go into its part record with their reason.
+    """Packs one shard into `store`; its part record names the images that cannot be packed, with the reason.
 
-    Stopped when `progress` returns False; OSError when the output cannot be written. Nothing is left half-written.
+    Raises Stopped when `progress` returns False, OSError when the output cannot be written. No partial file is left.
     """
     rows: list[list[int]] = []
     names: list[str] = []
@@ -104,7 +104,7 @@ def pack_shard(task: ShardTask, store: Store, progress: Progress) -> None:
 
 
 def pack_sample(task: ShardTask, row: int) -> Packed:
-    """Reads and normalises one sample of a task; Rejected with its reason."""
+    """Reads and normalises one sample of a task. Raises Rejected with the reason."""
     listing, policy = task.samples, task.policy
     try:
         data = read_sample(listing, row)
@@ -118,12 +118,12 @@ def pack_sample(task: ShardTask, row: int) -> Packed:
 
 
 def counts_for_statistics(task: ShardTask, row: int) -> bool:
-    """Whether this row's pixels enter mean and std: a matter of its position in the plan alone."""
+    """Whether this row's pixels count for mean and std; depends only on its position in the plan."""
     return (task.first + row) % task.statistics_stride == 0
 
 
 def statistics_channels(listing: Listing, policy: Policy) -> int:
-    """Channels of mean and std: three for pictures, four with alpha, an array's own number otherwise."""
+    """Channels of mean and std: three for pictures, four with alpha, those of the array otherwise."""
     if listing.pixel_shape and listing.pixel_shape[-1] not in (1, 3, 4) and len(listing.pixel_shape) == 3:
         return listing.pixel_shape[-1]
     return 4 if policy.alpha == "keep" else 3

@@ -1,9 +1,9 @@
-"""sources -> [plan] -> pack: which sample goes into which shard, settled before a single image is decoded.
+"""Plans which sample goes into which shard, before any image is decoded.
 
-The order is a seeded global shuffle that no library defines: samples are sorted by the keyed BLAKE2b hash of their
-names, so that it does not depend on the order of listing, and adding a file moves no other. Shards are cut where the
-sum of source sizes passes the shard size. Each shard is then a unit of work of its own, for any number of workers or
-machines, and an interrupted run knows which shards it has.
+The order is a seeded global shuffle that depends on no library: samples are sorted by the keyed BLAKE2b hash of their
+names. The order of listing does not matter, and adding a file moves no other. A shard ends where the sum of source
+sizes passes the shard size. Each shard is an independent unit of work, for any number of workers or machines, and an
+interrupted run knows which shards it has.
 """
 
 import hashlib
@@ -24,7 +24,7 @@ STATISTICS_SAMPLES = 2048  # images whose pixels are counted for mean and std, s
 
 @dataclass(frozen=True)
 class PackOptions:
-    """All that shapes the content of a dataset, next to the listing itself."""
+    """Everything but the listing that shapes the content of a dataset."""
 
     seed: int = 0
     shard_size_mb: float = 256.0
@@ -53,10 +53,10 @@ class PackOptions:
 
 @dataclass(frozen=True)
 class ShardTask:
-    """One shard to pack: plain data, for any process or machine.
+    """One shard to pack: plain data that any process or machine can take.
 
-    samples holds the listing's rows of this shard in order; the first has position `first` in the plan, which numbers
-    the keys (`key_digits` digits). Every `statistics_stride`-th position is counted for mean and std.
+    `samples` has the listing's rows of this shard in order. The first has position `first` in the plan; positions
+    number the keys (`key_digits` digits). Every `statistics_stride`-th position counts for mean and std.
     """
 
     shard: int
@@ -74,7 +74,7 @@ class ShardTask:
 
 @dataclass(frozen=True)
 class Plan:
-    """order[starts[i]:starts[i + 1]] are the listing's rows of shard i; `left_out` names duplicates and their twins."""
+    """order[starts[i]:starts[i + 1]] are the listing's rows of shard i; `left_out` names duplicates and other files."""
 
     listing: Listing
     options: PackOptions
@@ -96,7 +96,7 @@ class Plan:
         return int(self.listing.entries["size"][self.order[self.starts[shard] : self.starts[shard + 1]]].sum())
 
     def task(self, shard: int) -> ShardTask:
-        """The work of one shard, made on demand: a plan of a million samples is never held as tasks."""
+        """The task of one shard, made on demand: tasks of a large plan would not fit in memory together."""
         first, end = int(self.starts[shard]), int(self.starts[shard + 1])
         return ShardTask(
             shard=shard,
@@ -109,7 +109,7 @@ class Plan:
 
 
 def make_plan(listing: Listing, options: PackOptions) -> Plan:
-    """Orders, thins and cuts a listing; ValueError when there is nothing to pack."""
+    """Orders, thins and cuts a listing. Raises ValueError when there is nothing to pack."""
     if not len(listing):
         raise ValueError(_nothing(listing))
     left_out = [{"name": name, "kind": "ignored", "reason": reason} for name, reason in listing.ignored]
@@ -132,9 +132,9 @@ def shuffle_keys(names: list[str], seed: int) -> np.ndarray:
 
 
 def cut_shards(sizes: np.ndarray, shard_bytes: int) -> np.ndarray:
-    """Starts of the shards, and the end: each is as long as its sizes and headers stay within shard_bytes.
+    """Starts of the shards, and the end. A shard takes samples while their sizes and headers fit in shard_bytes.
 
-    cut_shards([40, 40, 40], 2 * (40 + 1536)) -> [0, 2, 3]. A sample that is larger gets a shard of its own.
+    cut_shards([40, 40, 40], 2 * (40 + 1536)) -> [0, 2, 3]. A larger sample gets its own shard.
     """
     ends = np.cumsum(np.asarray(sizes, np.int64) + 3 * BLOCK)  # the image's header, and label with its header
     starts = [0]
@@ -145,7 +145,7 @@ def cut_shards(sizes: np.ndarray, shard_bytes: int) -> np.ndarray:
 
 
 def drop_duplicates(listing: Listing) -> tuple[np.ndarray, list[dict[str, str]]]:
-    """(rows that stay, the others): of images with equal bytes the first by name stays; only equal sizes are hashed."""
+    """(rows to keep, the others): of images with equal bytes the first by name stays; only equal sizes are hashed."""
     _, group, count = np.unique(listing.entries["size"], return_inverse=True, return_counts=True)
     stays = np.ones(len(listing), bool)
     first_of: dict[bytes, int] = {}
@@ -162,7 +162,7 @@ def drop_duplicates(listing: Listing) -> tuple[np.ndarray, list[dict[str, str]]]
 
 
 def pending(plan: Plan, done: set[int], part: int = 0, parts: int = 1) -> Iterator[ShardTask]:
-    """The tasks still to do, of every `parts`-th shard beginning with `part`."""
+    """The tasks that remain, of every `parts`-th shard starting with `part`."""
     return (plan.task(shard) for shard in range(part, plan.num_shards, parts) if shard not in done)
 
 
@@ -184,7 +184,7 @@ def _nothing(listing: Listing) -> str:
 
 
 def _content_digest(listing: Listing, row: int) -> bytes:
-    """BLAKE2b of the sample; empty when it cannot be read, which packing will report."""
+    """BLAKE2b of the sample; empty when it cannot be read, which packing reports."""
     try:
         return hashlib.blake2b(read_sample(listing, row), digest_size=20).digest()
     except (OSError, ValueError):
@@ -196,7 +196,7 @@ def _utf8(name: str) -> bytes:
 
 
 def _fingerprint(listing: Listing, options: PackOptions, order: np.ndarray, starts: np.ndarray) -> str:
-    """sha256 (hex) of everything that shapes the output: resuming into another plan's folder must be refused."""
+    """sha256 (hex) of everything that shapes the output; a run refuses to resume in the folder of another plan."""
     digest = hashlib.sha256(json.dumps(options.as_dict(), sort_keys=True).encode())
     digest.update(json.dumps([listing.classes, listing.pixel_shape]).encode())
     for column in ("size", "label"):

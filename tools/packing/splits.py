@@ -1,7 +1,7 @@
-"""listing -> [splits] -> listings: train and val as datasets of their own, with one list of classes.
+"""Splits a listing into datasets such as train and val, with one list of classes.
 
-Two ways to say it: names of the source's top folders (`train`, `val`), or shares (`train:0.9`, `val:0.1`) drawn by the
-hash of each name, so that an image keeps its split when others come or go, whatever the seed.
+Splits are either names of the source's top folders (`train`, `val`), or shares (`train:0.9`, `val:0.1`). Shares are
+drawn by the hash of each name: an image keeps its split when others are added or removed, with any seed.
 """
 
 import numpy as np
@@ -11,7 +11,7 @@ from patchmill.tools.packing.plan import shuffle_keys
 
 
 def split_listing(listing: Listing, splits: tuple[str, ...]) -> dict[str, Listing]:
-    """Split name -> its part of the listing, classes shared. ValueError for unknown folders and odd shares."""
+    """Split name -> its part of the listing, classes shared. Raises ValueError for unknown folders and wrong shares."""
     shared = [":" in split for split in splits]
     if len(set(splits)) < len(splits) or any("/" in split or not split.partition(":")[0] for split in splits):
         raise ValueError(f"--splits {' '.join(splits)}: give different names without slashes")
@@ -23,7 +23,7 @@ def split_listing(listing: Listing, splits: tuple[str, ...]) -> dict[str, Listin
         raise ValueError(f"--splits {' '.join(splits)}: give folder names, or give every split its share (train:0.9)")
     for name, chosen in rows.items():
         if not len(chosen):
-            raise ValueError(f"--splits {' '.join(splits)}: no image falls to {name}")
+            raise ValueError(f"--splits {' '.join(splits)}: no image falls into {name}")
     return {name: listing.take(chosen) for name, chosen in rows.items()}
 
 
@@ -38,7 +38,7 @@ def _rows_by_folder(listing: Listing, splits: tuple[str, ...]) -> dict[str, np.n
 
 
 def _rows_by_share(listing: Listing, splits: tuple[str, ...]) -> dict[str, np.ndarray]:
-    """Rows by where the hash of their name falls among the shares, which add up to at most 1."""
+    """Rows by the share that the hash of their name falls into; shares add up to at most 1."""
     names = [split.partition(":")[0] for split in splits]
     try:
         shares = [float(split.partition(":")[2]) for split in splits]

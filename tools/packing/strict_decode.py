@@ -1,6 +1,6 @@
-"""bytes -> [strict_decode] -> upright pixels, or an error: how packing and verify look at an image.
+"""Decodes images strictly, for packing and `patchmill verify`: upright pixels, or an error.
 
-Whatever a decoder warns about is an error here: decoders return wrong pixels without one from damaged bytes. JPEGs go
+Decoders return wrong pixels from damaged bytes without an error. Here every warning of a decoder is an error. JPEGs go
 through TurboJPEG, everything else through Pillow. Pixels are uint8 [height, width] (grey) or [height, width, channels].
 """
 

@@ -1,7 +1,7 @@
-"""plan -> [engines] -> pack: who packs the shards: this process, several, or a Ray cluster.
+"""Runs jobs in this process, in several, or on a Ray cluster.
 
-An engine packs the tasks it is given in any order and calls `report(images, source bytes, bad images)` while it does;
-`report` returning False stops it. What the shards hold never depends on the engine.
+A packing engine packs the tasks it is given in any order and calls `report(images, source bytes, bad images)` as it
+goes; `report` returning False stops it. The content of the shards never depends on the engine.
 """
 
 import ctypes
@@ -54,7 +54,7 @@ def pack_here(tasks: Iterable[ShardTask], store: Store, report: Progress) -> Non
 
 
 def pack_in_processes(tasks: Iterable[ShardTask], store: Store, report: Progress, workers: int) -> None:
-    """Packs with `workers` processes. An error in one stops all and is raised here; a killed one is named."""
+    """Packs with `workers` processes. An error in one stops all of them and is raised here."""
     context = multiprocessing.get_context("spawn")  # fork would copy the parent's threads' locks
     counters = context.Array(ctypes.c_uint64, 3)
     stop = context.Event()
@@ -79,7 +79,7 @@ def pack_in_processes(tasks: Iterable[ShardTask], store: Store, report: Progress
                 pass_on()
         except BrokenProcessPool:
             raise ValueError(
-                "a worker process was killed, most likely for memory: give fewer --workers or a smaller --max-pixels; "
+                "a worker process was killed, probably out of memory: give fewer --workers or a smaller --max-pixels; "
                 "the same command resumes"
             ) from None
         finally:
@@ -89,9 +89,9 @@ def pack_in_processes(tasks: Iterable[ShardTask], store: Store, report: Progress
 
 
 def pack_on_ray(tasks: Iterable[ShardTask], store: Store, report: Progress) -> None:
-    """Packs on a Ray cluster: the one at RAY_ADDRESS, or a local one that lasts as long as the call.
+    """Packs on a Ray cluster: the one at RAY_ADDRESS, or a local one that ends with the call.
 
-    Sources and output must be reachable under the same paths from every machine of the cluster.
+    Every machine of the cluster must reach sources and output under the same paths.
     """
     try:
         import ray
@@ -130,12 +130,12 @@ def _pack_and_count(task: ShardTask, store: Store) -> tuple[int, int, int]:
 
 
 def _python_path() -> dict[str, str]:
-    """Lets Ray's workers import what this process imports, when it runs from a checkout."""
+    """The import path of this process, for Ray's workers: in a checkout the package is not installed."""
     return {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
 
 
 def _at_most(limit: int, jobs: Iterator[Callable[[], Future]]) -> Iterator[set[Future]]:
-    """Keeps at most `limit` jobs submitted; yields those that finished, several times a second even if none did."""
+    """Keeps at most `limit` jobs submitted; yields those that finished, ten times a second even if none did."""
     running = {job() for job in islice(jobs, limit)}
     while running:
         done, running = wait(running, timeout=0.1, return_when=FIRST_COMPLETED)
@@ -143,14 +143,14 @@ def _at_most(limit: int, jobs: Iterator[Callable[[], Future]]) -> Iterator[set[F
         yield done
 
 
-_shared: dict[str, Any] = {}  # a worker's counters and stop event, which only process creation can hand over
+_shared: dict[str, Any] = {}  # a worker's counters and stop event; they can only be passed when the process is created
 
 
 @contextmanager
 def interrupts_ignored() -> Iterator[None]:
-    """Processes started within ignore Ctrl-C from their first moment on; the parent is who stops them."""
+    """Processes started within ignore Ctrl-C from the start; the parent stops them."""
     if threading.current_thread() is not threading.main_thread():
-        yield  # Python lets only the main thread choose
+        yield  # only the main thread may set signal handlers
         return
     handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
@@ -160,7 +160,7 @@ def interrupts_ignored() -> Iterator[None]:
 
 
 def _start_worker(counters: Any, stop: Any) -> None:
-    """Sets a worker up, which does not outlive its parent."""
+    """Sets up a worker that ends with its parent."""
     _shared.update(counters=counters, stop=stop)
     parent = multiprocessing.parent_process()
     assert parent is not None
