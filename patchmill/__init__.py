@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from patchmill.pipeline.config import DataConfig as DataConfig
+    from patchmill.pipeline.config import MaskConfig as MaskConfig
     from patchmill.pipeline.loader import build_loader as build_loader
-    from patchmill.pipeline.plan.masks import MaskConfig as MaskConfig
     from patchmill.pipeline.plan.masks import MaskPlan as MaskPlan
     from patchmill.trainer.checkpoints.interop import load_encoder as load_encoder
     from patchmill.trainer.config.model import ModelConfig as ModelConfig
@@ -24,7 +24,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "DataConfig": "pipeline.config",
-    "MaskConfig": "pipeline.plan.masks",
+    "MaskConfig": "pipeline.config",
     "MaskPlan": "pipeline.plan.masks",
     "MaskedAutoencoder": "trainer.model.mae",
     "ModelConfig": "trainer.config.model",
