@@ -3,22 +3,34 @@
 No step can be faster than its matrix products and its attention alone, or move bytes faster than a copy does. Matrix
 products are those of a step (forward, gradient of the input, gradient of the weight), attention those of encoder,
 decoder and last decoder block through every backend of SDPA, and pointwise work what stands between them. Inputs are
-random numbers: products of zeros run faster than real ones.
+random numbers: products of zeros run faster than real ones. A large product is held for some seconds first: a GPU at
+its power limit runs slower than one that has just begun. The page is written after every row.
 
-Shapes: B images, N tokens, D width, H heads, d width of a head.
+A backend of attention may be wrong: cuDNN is known for bf16 gradients that are not finite at some lengths. Gradients of
+each are compared with those of the math backend in fp32; the relative error appears next to the time.
 """
 
 import argparse
+import math
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
-from typing import Any, NamedTuple
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from benchmarks.attention_shapes import (
+    BACKENDS,
+    AttentionShape,
+    attention_facts,
+    attention_shapes,
+    random_qkv,
+    stacks,
+    torch_choice,
+)
 from benchmarks.pages import markdown_table, write_page
 from benchmarks.steps import RECIPES
 from patchmill.kernels.permute import mask_indices
@@ -28,35 +40,10 @@ from patchmill.trainer.recipes.pretrain import get_recipe
 
 BATCHES = {"b16": 512, "l16": 256, "h14": 128, "tiny": 8}
 """images a step, as the step benchmark takes them"""
-BACKENDS = {
-    "flash": SDPBackend.FLASH_ATTENTION,
-    "cudnn": SDPBackend.CUDNN_ATTENTION,
-    "efficient": SDPBackend.EFFICIENT_ATTENTION,
-    "math": SDPBackend.MATH,
-}
 REPEATS = 11
 MASKED_IMAGES = 4096
-
-
-class Stack(NamedTuple):
-    """A row of transformer blocks: tokens, and of these how many ask in the last block."""
-
-    name: str
-    tokens: int
-    queries: int
-    dim: int
-    heads: int
-    depth: int
-
-
-def stacks(config: ModelConfig) -> list[Stack]:
-    """Encoder and decoder at 75 %."""
-    c, kept = config, config.num_patches // 4
-    masked = c.num_patches - kept
-    return [
-        Stack("encoder", 1 + kept, 1 + kept, c.embed_dim, c.num_heads, c.depth),
-        Stack("decoder", 1 + c.num_patches, masked, c.decoder_embed_dim, c.decoder_num_heads, c.decoder_depth),
-    ]
+ERROR_BATCH = 8
+"""images of which gradients are compared"""
 
 
 def products(config: ModelConfig, batch: int) -> Iterator[tuple[str, tuple[int, int, int], int]]:
@@ -71,9 +58,8 @@ def products(config: ModelConfig, batch: int) -> Iterator[tuple[str, tuple[int, 
     yield "head", (batch * decoder.queries, decoder.dim, config.patch_dim), 1
 
 
-def time_products(config: ModelConfig, batch: int, device: str, dtype: torch.dtype) -> list[dict[str, Any]]:
+def time_products(config: ModelConfig, batch: int, device: str, dtype: torch.dtype) -> Iterator[dict[str, Any]]:
     """Seconds and FLOP/s of each product in its three forms."""
-    rows = []
     for name, (M, K, N), count in products(config, batch):
         x_MK, grad_MN = (torch.randn(M, size, device=device).to(dtype) for size in (K, N))
         weight_NK = torch.randn(N, K, device=device).to(dtype)
@@ -83,45 +69,34 @@ def time_products(config: ModelConfig, batch: int, device: str, dtype: torch.dty
             "weight": lambda g=grad_MN, x=x_MK: g.mT @ x,  # type: ignore[misc]
         }
         seconds = timing.median_seconds(candidates, device, REPEATS)
-        rows.append({"name": name, "rows": M, "in": K, "out": N, "count": count, "flops": 2.0 * M * K * N} | seconds)
-    return rows
+        yield {"name": name, "rows": M, "in": K, "out": N, "count": count, "flops": 2.0 * M * K * N} | seconds
 
 
-def time_attention(config: ModelConfig, batch: int, device: str, dtype: torch.dtype) -> list[dict[str, Any]]:
-    """Seconds of SDPA, forward alone and with its backward pass, by backend; None where a backend refuses."""
-    rows = []
-    cases = [(stack.name, stack, stack.tokens) for stack in stacks(config)]
-    decoder = cases[-1][1]
-    for name, stack, queries in [*cases, ("last decoder block", decoder, decoder.queries)]:
-        head = stack.dim // stack.heads
-        # as the model makes them: views of one [B, N, 3, H, d] product
-        made = torch.randn(batch, stack.tokens, 3, stack.heads, head, device=device).to(dtype)
-        q, k, v = (each.detach() for each in made.permute(2, 0, 3, 1, 4).unbind(0))
-        q = q[:, :, :queries].detach()
-        grad = torch.randn(batch, queries, stack.heads, head, device=device).to(dtype).transpose(1, 2)
-        choice = SDPBackend(torch._fused_sdp_choice(q, k, v)).name
-        flops = 4.0 * batch * stack.heads * queries * stack.tokens * head
-        row: dict[str, Any] = {"name": name, "N": stack.tokens, "Q": queries, "H": stack.heads, "d": head}
-        row |= {"flops": flops, "choice": choice}
+def time_attention(config: ModelConfig, batch: int, device: str, dtype: torch.dtype) -> Iterator[dict[str, Any]]:
+    """Seconds of SDPA, forward alone and with its backward pass, and its error, by backend; None where one refuses."""
+    for shape in attention_shapes(config):
+        qkv = random_qkv(shape, batch, device, dtype)
+        grad = torch.randn(batch, shape.Q, shape.H, shape.d, device=device).to(dtype).transpose(1, 2)
+        flops = 4.0 * batch * shape.H * shape.Q * shape.N * shape.d
+        row = shape._asdict() | {"flops": flops, "choice": torch_choice(shape, batch, device, dtype)}
         for backend in ("chosen", *BACKENDS):
-            row[backend] = _attention_seconds(backend, (q, k, v), grad, device)
-        rows.append(row)
-    return rows
+            row[backend] = _attention_seconds(backend, qkv, grad, device)
+            if row[backend] is not None:
+                row[backend]["error"] = attention_error(backend, shape, device, dtype)
+        yield row
 
 
 def _attention_seconds(
     backend: str, qkv: tuple[Tensor, Tensor, Tensor], grad: Tensor, device: str
 ) -> dict[str, float] | None:
-    leaves = tuple(each.detach().requires_grad_() for each in qkv)
-
     def both() -> tuple[Tensor, ...]:
-        with sdpa_kernel(BACKENDS[backend]) if backend in BACKENDS else nullcontext():
-            out = F.scaled_dot_product_attention(*leaves)
-        return torch.autograd.grad(out, leaves, grad)
+        with _only(backend):
+            out = F.scaled_dot_product_attention(*qkv)
+        return torch.autograd.grad(out, qkv, grad)
 
     def forward() -> Tensor:
-        with torch.no_grad(), sdpa_kernel(BACKENDS[backend]) if backend in BACKENDS else nullcontext():
-            return F.scaled_dot_product_attention(*leaves)
+        with torch.no_grad(), _only(backend):
+            return F.scaled_dot_product_attention(*qkv)
 
     try:
         both()  # outside of a graph, where a refusal is an error and nothing more
@@ -131,9 +106,27 @@ def _attention_seconds(
     return timing.median_seconds({"forward": forward, "both": both}, device, REPEATS)
 
 
-def time_pointwise(config: ModelConfig, batch: int, device: str, dtype: torch.dtype) -> list[dict[str, Any]]:
+def _only(backend: str) -> AbstractContextManager[None]:
+    return sdpa_kernel(BACKENDS[backend]) if backend in BACKENDS else nullcontext()
+
+
+def attention_error(backend: str, shape: AttentionShape, device: str, dtype: torch.dtype) -> float:
+    """Largest relative error of output and gradients against the math backend in fp32; NaN where one is not finite."""
+    qkv = random_qkv(shape, ERROR_BATCH, device, dtype)
+    grad = torch.randn(ERROR_BATCH, shape.H, shape.Q, shape.d, device=device).to(dtype)
+    with _only(backend):
+        out = F.scaled_dot_product_attention(*qkv)
+    found = (out, *torch.autograd.grad(out, qkv, grad))
+    exact_qkv = tuple(each.detach().float().requires_grad_() for each in qkv)
+    with sdpa_kernel(SDPBackend.MATH):
+        exact_out = F.scaled_dot_product_attention(*exact_qkv)
+    exact = (exact_out, *torch.autograd.grad(exact_out, exact_qkv, grad.float()))
+    errors = torch.stack([(f.float() - e).norm() / e.norm() for f, e in zip(found, exact, strict=True)])
+    return errors.max().item() if errors.isfinite().all() else math.nan
+
+
+def time_pointwise(config: ModelConfig, batch: int, device: str, dtype: torch.dtype) -> Iterator[dict[str, Any]]:
     """What stands between the products, by PyTorch's own kernels: seconds and the bytes that must move."""
-    rows = []
     for stack in stacks(config):
         shape, hidden = (batch, stack.tokens, stack.dim), int(stack.dim * config.mlp_ratio)
         count = batch * stack.tokens * stack.dim
@@ -152,15 +145,14 @@ def time_pointwise(config: ModelConfig, batch: int, device: str, dtype: torch.dt
                 return torch.autograd.grad(norm(), leaves, grad)
 
             name = f"{stack.name} LayerNorm of {str(kind).removeprefix('torch.')}"
-            rows.append(_moved(name, norm_both, count * (3 * item + 8), device))
+            yield _moved(name, norm_both, count * (3 * item + 8), device)
         wide = torch.randn(batch, stack.tokens, hidden, device=device).to(dtype).requires_grad_()
         wide_grad = torch.randn_like(wide)
 
         def gelu(x: Tensor = wide, grad: Tensor = wide_grad) -> tuple[Tensor, ...]:
             return torch.autograd.grad(F.gelu(x), (x,), grad)
 
-        rows.append(_moved(f"{stack.name} GELU", gelu, wide.numel() * 5 * dtype.itemsize, device))
-    return rows
+        yield _moved(f"{stack.name} GELU", gelu, wide.numel() * 5 * dtype.itemsize, device)
 
 
 def _moved(name: str, call: timing.Candidate, moved: int, device: str) -> dict[str, Any]:
@@ -196,17 +188,18 @@ def product_table(rows: list[dict[str, Any]], peak: float) -> list[str]:
 
 
 def attention_table(rows: list[dict[str, Any]], batch: int) -> list[str]:
-    """Microseconds an image and block, forward + backward."""
+    """Microseconds an image and block, forward + backward, and the largest error."""
     lines = []
     for row in rows:
         cells = []
         for backend in ("chosen", *BACKENDS):
             found = row[backend]
-            cells.append("refused" if found is None else f"{found['both'] / batch * 1e6:.3f}")
+            cells.append("refused" if found is None else f"{found['both'] / batch * 1e6:.3f} ({found['error']:.0e})")
         lines.append(
             [f"{row['name']}: {row['Q']} of {row['N']} tokens, {row['H']} x {row['d']}", row["choice"], *cells]
         )
-    header = ["attention, forward + backward, microseconds an image and block", "SDPA chooses", "chosen", *BACKENDS]
+    title = "attention, forward + backward, microseconds an image and block (error of gradients)"
+    header = [title, "torch chooses", "chosen", *BACKENDS]
     return markdown_table(header, lines)
 
 
@@ -224,8 +217,39 @@ def pointwise_table(rows: list[dict[str, Any]], copy: float) -> list[str]:
     return markdown_table(["pointwise, forward + backward, eager", "microseconds", "MB at least", "of copy"], lines)
 
 
+class Page:
+    """What has been measured so far: written anew after every row."""
+
+    def __init__(self, device: str, dtype: torch.dtype, facts: dict[str, str], data: dict[str, Any]) -> None:
+        self.device, self.dtype, self.facts, self.data = device, dtype, facts, data
+        self.text = ""
+
+    def measure(self, name: str, batch: int) -> None:
+        """Adds the rows of a model."""
+        config = get_recipe(RECIPES[name]).model
+        facts = attention_facts(config, batch, self.device, self.dtype)
+        self.facts |= {f"{name}, {key}": value for key, value in facts.items()}
+        found: dict[str, Any] = {"batch": batch, "products": [], "attention": [], "pointwise": []}
+        self.data["models"][name] = found
+        for part, times in (("products", time_products), ("attention", time_attention), ("pointwise", time_pointwise)):
+            for row in times(config, batch, self.device, self.dtype):
+                found[part].append(row)
+                self.write()
+
+    def write(self) -> None:
+        """Writes page and JSON."""
+        lines: list[str] = []
+        peak, copy = self.data["product_flops_per_second"], self.data["copy_bytes_per_second"]
+        for name, found in self.data["models"].items():
+            lines += [f"## {name}, batch {found['batch']}", "", *product_table(found["products"], peak)]
+            lines += attention_table(found["attention"], found["batch"])
+            lines += pointwise_table(found["pointwise"], copy)
+        name = f"ceilings_{self.device.split(':')[0]}_{machine.today()}"
+        self.text = write_page(name, "What the device gives at our shapes", self.facts, lines, self.data)
+
+
 def main(argv: list[str]) -> int:
-    """Times everything; each model's part is written as soon as it is there."""
+    """Times everything; a row is written as soon as it is there."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=RECIPES, default=["b16", "l16", "h14"])
     parser.add_argument("--batch", type=int, help="images, for all models")
@@ -233,36 +257,19 @@ def main(argv: list[str]) -> int:
     options = parser.parse_args(argv)
     torch.manual_seed(0)
     device, dtype = options.device, torch.bfloat16
+    held = timing.hold_product(torch.device(device))
     copy = timing.copy_bytes_per_second(device, repeats=REPEATS)
-    peak = timing.matmul_flops_per_second(device, dtype)
+    peak = held or timing.matmul_flops_per_second(device, dtype)
     facts = {"command": f"python -m benchmarks.bench_ceilings {' '.join(argv)}", **timing.environment(device)}
     facts["device copy, read + written"] = f"{copy / 1e9:.0f} GB/s"
-    facts["large bf16 product"] = f"{peak / 1e12:.1f} TFLOP/s"
+    facts["large bf16 product"] = f"{peak / 1e12:.1f} TFLOP/s" + (" after seconds of it" if held else "")
     masks = mask_seconds(device)
     facts[f"mask indices of {MASKED_IMAGES} images of 196 patches"] = f"{masks * 1e6:.1f} microseconds"
-    lines: list[str] = []
-    data: dict[str, Any] = {"copy_bytes_per_second": copy, "product_flops_per_second": peak, "mask_seconds": masks}
-    data["models"] = {}
-    page = ""
+    data = {"copy_bytes_per_second": copy, "product_flops_per_second": peak, "mask_seconds": masks, "models": {}}
+    page = Page(device, dtype, facts, data)
     for name in options.models:
-        config, batch = get_recipe(RECIPES[name]).model, options.batch or BATCHES[name]
-        found = {
-            "batch": batch,
-            "products": time_products(config, batch, device, dtype),
-            "attention": time_attention(config, batch, device, dtype),
-            "pointwise": time_pointwise(config, batch, device, dtype),
-        }
-        data["models"][name] = found
-        lines += [f"## {name}, batch {batch}", "", *product_table(found["products"], peak)]
-        lines += [*attention_table(found["attention"], batch), *pointwise_table(found["pointwise"], copy)]
-        page = write_page(
-            f"ceilings_{device.split(':')[0]}_{machine.today()}",
-            "What the device gives at our shapes",
-            facts,
-            lines,
-            data,
-        )
-    print(page)
+        page.measure(name, options.batch or BATCHES[name])
+    print(page.text)
     return 0
 
 

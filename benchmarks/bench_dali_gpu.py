@@ -5,7 +5,8 @@ Asks, in this order, and writes the page anew after each answer:
 1. Does the hardware JPEG decoder answer?
 2. How far are nvJPEG's pixels from TurboJPEG's, through the whole loader?
 3. From JPEG tars to trained batches: images/s and data wait of a ViT-B/16 step, against the step on a batch that lies
-   ready.
+   ready. Data wait is what the training stream waited, between CUDA events before and after each `next`; the host's
+   time in `next` is apart, since the host runs ahead and waits there while the device is busy.
 4. The loader alone, by the share of images that the hardware decoder gets.
 5. The decoder alone, from memory: by that share, by threads, by batch, window against whole image, chroma upsampling.
 6. Memory of device and process over time.
@@ -37,6 +38,7 @@ from benchmarks.jpeg_engine import find_jpeg_engine
 from benchmarks.pages import markdown_table, write_page
 from benchmarks.pictures import training_images
 from benchmarks.steps import MASK, RECIPES, our_update
+from patchmill.pipeline.batch import Batch
 from patchmill.pipeline.decode import dali as decode_dali
 from patchmill.pipeline.loader import DataConfig, Loader, build_loader
 from patchmill.pipeline.plan.feed import Feeder
@@ -57,16 +59,53 @@ class Page:
     """Answers so far."""
 
     def __init__(self, facts: dict[str, str], device: torch.device) -> None:
-        self.facts, self.lines = facts, list[str]()
+        self.facts, self.lines = facts, dict[str, tuple[str, ...]]()
         self.data: dict[str, Any] = {}
         self.name = f"dali_{device.type}_{machine.today()}"
 
     def add(self, key: str, value: Any, *lines: str) -> None:
-        """Adds an answer and writes the page."""
-        self.data[key] = value
-        self.lines += [*lines, ""]
+        """Adds an answer, or replaces it by one with more rows, and writes the page."""
+        self.data[key], self.lines[key] = value, lines
         print("\n".join(lines), flush=True)
-        write_page(self.name, "DALI, from JPEG tars to the step", self.facts, self.lines, self.data)
+        every = [line for lines in self.lines.values() for line in (*lines, "")]
+        write_page(self.name, "DALI, from JPEG tars to the step", self.facts, every, self.data)
+
+
+class Waits:
+    """Takes batches from a loader and sums how long the device, and the host, waited for them.
+
+    Between two events around `next` a stream holds nothing but its wait for the batch. The first is reached when the
+    step before has ended, the second when the batch is ready, even if the host came late: the difference is idle time
+    of the device. On a CPU both figures are the host's.
+    """
+
+    def __init__(self, loader: Iterator[Batch], device: torch.device) -> None:
+        self.loader, self.device, self.host_seconds = loader, device, 0.0
+        self.events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+
+    def next(self) -> Batch:
+        """The next batch."""
+        before, start = self._event(), time.perf_counter()
+        batch = next(self.loader)
+        self.host_seconds += time.perf_counter() - start
+        after = self._event()
+        if before is not None and after is not None:
+            self.events.append((before, after))
+        return batch
+
+    def device_seconds(self) -> float:
+        """What the device waited; waits for it to end."""
+        if self.device.type != "cuda":
+            return self.host_seconds
+        timing.wait_for(self.device)
+        return sum(before.elapsed_time(after) for before, after in self.events) * 1e-3
+
+    def _event(self) -> torch.cuda.Event | None:
+        if self.device.type != "cuda":
+            return None
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
 
 
 def prepare(source: str, folder: Path, least: int) -> tuple[Path, str]:
@@ -191,6 +230,8 @@ def ask_end_to_end(page: Page, data: Path, options: argparse.Namespace) -> None:
     """Images/s and data wait of training from the tars, and of the step on a batch that lies ready."""
     config, batch = get_recipe(RECIPES[options.model]).model, options.batch
     rows, found = [], {}
+    header = [f"{RECIPES[options.model]}, batch {batch}", "step alone, images/s", "from tars", "of it"]
+    header += ["data wait", "host in `next`"]
     on_gpu = options.device.type == "cuda"
     for launch in ("blocks compiled", "blocks compiled, one CUDA graph") if on_gpu else ("eager",):
         torch.manual_seed(0)
@@ -206,16 +247,20 @@ def ask_end_to_end(page: Page, data: Path, options: argparse.Namespace) -> None:
                 for _ in range(5):
                     step(next(loader))
                 timing.wait_for(options.device)
-                waited = loader.wait_seconds
-                start = time.perf_counter()
-                rate = _steps_per_second(lambda: step(next(loader)), options) * batch  # noqa: B023
-                wait = (loader.wait_seconds - waited) / (time.perf_counter() - start)
-            rows.append(
-                [f"{launch}, decoder={decoder}", f"{alone:.0f}", f"{rate:.0f}", f"{rate / alone:.1%}", f"{wait:.2%}"]
-            )
-            found[f"{launch}, {decoder}"] = {"step_alone": alone, "images_per_s": rate, "data_wait": wait}
-    header = [f"{RECIPES[options.model]}, batch {batch}", "step alone, images/s", "from tars", "of it", "data wait"]
-    page.add("end_to_end", found, f"**From JPEG tars** (aim: {FRACTION_AIM:.0%}):", "", *markdown_table(header, rows))
+                waits, start = Waits(loader, options.device), time.perf_counter()
+                rate = _steps_per_second(lambda: step(waits.next()), options) * batch  # noqa: B023
+                took = time.perf_counter() - start
+                wait, host = waits.device_seconds() / took, waits.host_seconds / took
+            row = [f"{launch}, decoder={decoder}", f"{alone:.0f}", f"{rate:.0f}", f"{rate / alone:.1%}"]
+            rows.append([*row, f"{wait:.2%}", f"{host:.2%}"])
+            found[f"{launch}, {decoder}"] = {
+                "step_alone": alone,
+                "images_per_s": rate,
+                "data_wait": wait,
+                "host_in_next": host,
+            }
+            table = markdown_table(header, rows)
+            page.add("end_to_end", found, f"**From JPEG tars** (aim: {FRACTION_AIM:.0%}):", "", *table)
 
 
 def _steps_per_second(step: Callable[[], object], options: argparse.Namespace) -> float:
@@ -233,14 +278,18 @@ def _steps_per_second(step: Callable[[], object], options: argparse.Namespace) -
 def ask_loader(page: Page, data: Path, options: argparse.Namespace) -> None:
     """The loader alone, by the hardware decoder's share; and the CPU decoder beside it."""
     rates: dict[str, float] = {}
+
+    def measure(name: str, decoder: str) -> None:
+        loader = open_loader(data, options, options.batch, decoder)
+        rates[name] = loader_rate(loader, options.device, options.seconds)
+        rows = [[name, f"{rate:.0f}"] for name, rate in rates.items()]
+        table = markdown_table([f"loader alone, batch {options.batch}, {options.workers} workers", "images/s"], rows)
+        page.add("loader", rates, f"**The loader alone** (aim: {LOADER_AIM:,} images/s):", "", *table)
+
+    measure("cpu", "cpu")
     for load in LOADS if options.device.type == "cuda" else LOADS[:1]:
         with mock.patch.object(decode_dali, "HARDWARE_SHARE", load):
-            loader = open_loader(data, options, options.batch)
-            rates[f"dali, share {load:g}"] = loader_rate(loader, options.device, options.seconds)
-    rates["cpu"] = loader_rate(open_loader(data, options, options.batch, "cpu"), options.device, options.seconds)
-    rows = [[name, f"{rate:.0f}"] for name, rate in rates.items()]
-    table = markdown_table([f"loader alone, batch {options.batch}, {options.workers} workers", "images/s"], rows)
-    page.add("loader", rates, f"**The loader alone** (aim: {LOADER_AIM:,} images/s):", "", *table)
+            measure(f"dali, share {load:g}", "dali")
 
 
 def ask_decoder(page: Page, work: Work, options: argparse.Namespace) -> None:
@@ -253,16 +302,16 @@ def ask_decoder(page: Page, work: Work, options: argparse.Namespace) -> None:
         "whole image, then cut": options.setting(window=False),
         "chroma as libjpeg": options.setting(fancy=True),
     }
-    rates = {name: images_per_second(work, each, options.seconds, on_gpu) for name, each in settings.items()}
-    plain, fancy = (first_batch(work, options.setting(fancy=fancy), on_gpu).int() for fancy in (False, True))
-    apart = (plain - fancy).abs().float().mean().item()
-    rows = [[name, f"{rate:.0f}"] for name, rate in rates.items()]
     base = options.setting()
     head = f"decoder alone; unless said: share {base.load:g}, {base.threads} threads, batch {base.batch}, window"
-    note = f"Chroma upsampling changes pixels by {apart:.2f} grey levels on average."
-    page.add(
-        "decoder", {"images_per_s": rates, "fancy_mean_levels": apart}, *markdown_table([head, "images/s"], rows), note
-    )
+    rates: dict[str, float] = {}
+    for name, each in settings.items():
+        rates[name] = images_per_second(work, each, options.seconds, on_gpu)
+        rows = [[name, f"{rate:.0f}"] for name, rate in rates.items()]
+        page.add("decoder", rates, *markdown_table([head, "images/s"], rows))
+    plain, fancy = (first_batch(work, options.setting(fancy=fancy), on_gpu).int() for fancy in (False, True))
+    apart = (plain - fancy).abs().float().mean().item()
+    page.add("chroma_mean_levels", apart, f"Chroma upsampling changes pixels by {apart:.2f} grey levels on average.")
 
 
 def ask_memory(page: Page, data: Path, options: argparse.Namespace) -> None:

@@ -6,6 +6,7 @@ captured as one CUDA graph.
 """
 
 import functools
+import os
 from collections.abc import Callable
 from typing import Literal, cast
 
@@ -27,6 +28,8 @@ from patchmill.trainer.recipes.pretrain import get_recipe
 RECIPES = {"b16": "mae-vit-b16", "l16": "mae-vit-l16", "h14": "mae-vit-h14", "tiny": "mae-tiny"}
 MASK = MaskConfig()
 LEARNING_RATE = 1e-4
+COMPILE_BACKEND = os.environ.get("COMPILE_BACKEND", "inductor")
+"""of torch.compile; `eager` in a dry run, which traces and generates no code"""
 Step = Callable[[], object]
 Compiled = Literal["no", "model", "blocks"]
 
@@ -39,24 +42,37 @@ def random_images(config: ModelConfig, batch: int, device: torch.device) -> Tens
 
 
 def published(
-    config: ModelConfig, images: Tensor, attention: str, compiled: Compiled = "no", graphed: bool = False
+    config: ModelConfig,
+    images: Tensor,
+    attention: str,
+    compiled: Compiled = "no",
+    graphed: bool = False,
+    fused: bool = False,
 ) -> Step:
-    """The published step on these images, noise drawn anew each time; attention is `explicit` or `sdpa`."""
+    """The published step on these images, noise drawn anew each time, with torch's default or its fused AdamW.
+
+    Args:
+        attention: `explicit` or `sdpa`.
+    """
     torch.manual_seed(0)
     model = PublishedMAE(config, attention).to(images.device)
     groups = parameter_groups(model, weight_decay=0.05)
-    optimizer = torch.optim.AdamW(groups, lr=LEARNING_RATE, betas=(0.9, 0.95), capturable=graphed)
+    # None leaves the choice to torch: its for-each kernels on a GPU
+    optimizer = torch.optim.AdamW(
+        groups, lr=LEARNING_RATE, betas=(0.9, 0.95), capturable=graphed, fused=True if fused else None
+    )
     forward = compile_model(model, compiled)
 
-    def step() -> None:
+    def step() -> Tensor:
         noise = torch.rand(len(images), config.num_patches, device=images.device)
         with torch.autocast(images.device.type, dtype=torch.bfloat16):
             loss = forward(images, noise, MASK.ratio)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+        return loss.detach()
 
-    return capture(step) if graphed else step
+    return Captured(step) if graphed else step
 
 
 def ours(config: ModelConfig, images: Tensor, compiled: Compiled = "no", graphed: bool = False) -> Step:
@@ -96,19 +112,32 @@ def compile_model(model: PublishedMAE | MaskedAutoencoder, how: Compiled) -> nn.
     """The model as it is, compiled as one graph, or with its blocks compiled: one graph for each shape of block."""
     if how == "blocks":
         for block in (*model.blocks, *model.decoder_blocks):
-            block.compile(fullgraph=True, dynamic=False)
-    return cast(nn.Module, torch.compile(model, fullgraph=True)) if how == "model" else model
+            block.compile(fullgraph=True, dynamic=False, backend=COMPILE_BACKEND)
+    return cast(nn.Module, torch.compile(model, fullgraph=True, backend=COMPILE_BACKEND)) if how == "model" else model
 
 
-def capture(step: Step) -> Step:
-    """A step captured as a CUDA graph after a few eager ones."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(EAGER_STEPS):
-            step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
-        step()
-    return graph.replay
+class Captured:
+    """A step captured as one CUDA graph after a few eager ones; a call replays it.
+
+    A graph knows only addresses. The step is held so that weights, moments and images stay where the graph reads and
+    writes them.
+
+    Returns (of a call):
+        what the captured step returned, with the values of this replay.
+    """
+
+    def __init__(self, step: Step) -> None:
+        self.step = step
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(EAGER_STEPS):
+                step()
+        torch.cuda.current_stream().wait_stream(stream)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph, stream=stream):
+            self.values = step()
+
+    def __call__(self) -> object:
+        self.graph.replay()
+        return self.values

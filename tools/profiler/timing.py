@@ -1,8 +1,9 @@
 """candidates -> [timing] -> medians and spreads of alternated repeats, measured ceilings, and what else was running.
 
 Candidates take turns, so that whatever else the machine does falls on all of them, and the median of each is kept. On a
-CUDA device a candidate is captured in a graph and the graph's replays are timed with events: launches from Python would
-hide kernels that run for a few microseconds. On a CPU the clock is perf_counter, or, where the machine is shared, the
+CUDA device a candidate is captured in a graph, the L2 cache is flushed, and one replay is timed with events: the flush
+runs while the host launches the replay, and the candidate finds its inputs in memory. The time includes one launch of a
+graph, about 2 microseconds. On a CPU the clock is perf_counter, or, where the machine is shared, the
 CPU time of this process: with one thread that is what the wall clock would show on a quiet machine.
 """
 
@@ -21,7 +22,11 @@ from patchmill.tools.profiler import machine
 
 Candidate = Callable[[], object]
 Clock = Callable[[], float]
-CALLS_PER_GRAPH = 10
+FLUSH_BYTES = 2**28
+"""read before every repeat: several times the L2 cache of any GPU"""
+HOLD_SECONDS = 3.0
+"""of large products before timing, until clocks and power have settled"""
+PRODUCT_SIDE = 8192
 BUSY = 0.1
 """of the cores, taken by other programs: from here on the machine is called noisy"""
 
@@ -60,7 +65,8 @@ def timed_in_turns(
 ) -> dict[str, list[float]]:
     """Seconds of one call of each candidate, `repeats` times in turn."""
     if device.startswith("cuda"):
-        timers = {name: _graph_timer(candidate) for name, candidate in candidates.items()}
+        flush = _l2_flush(device)
+        timers = {name: _graph_timer(candidate, flush) for name, candidate in candidates.items()}
     else:
         timers = {name: _cpu_timer(candidate, clock) for name, candidate in candidates.items()}
     taken: dict[str, list[float]] = {name: [] for name in candidates}
@@ -107,7 +113,13 @@ def _cpu_timer(candidate: Candidate, clock: Clock) -> Callable[[], float]:
     return timer
 
 
-def _graph_timer(candidate: Candidate) -> Callable[[], float]:
+def _l2_flush(device: str) -> Candidate:
+    """Evicts everything from L2 by reading: lines that a write left dirty would be written back during the candidate."""
+    scratch, total = torch.zeros(FLUSH_BYTES // 4, device=device), torch.zeros((), device=device)
+    return lambda: torch.sum(scratch, dim=0, out=total)
+
+
+def _graph_timer(candidate: Candidate, flush: Candidate) -> Callable[[], float]:
     # Warm-up on a side stream, as CUDA graphs ask: it compiles kernels, makes handles and fills caches.
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -117,17 +129,18 @@ def _graph_timer(candidate: Candidate) -> Callable[[], float]:
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        for _ in range(CALLS_PER_GRAPH):
-            candidate()
+        candidate()
     graph.replay()
+    flush()
 
     def timer() -> float:
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        flush()
         start.record()
         graph.replay()
         end.record()
         end.synchronize()
-        return start.elapsed_time(end) * 1e-3 / CALLS_PER_GRAPH
+        return start.elapsed_time(end) * 1e-3
 
     return timer
 
@@ -142,10 +155,29 @@ def copy_bytes_per_second(device: str, clock: Clock = time.perf_counter, repeats
 
 def matmul_flops_per_second(device: str, dtype: torch.dtype, repeats: int = 5) -> float:
     """Measure a large matrix product: the ceiling of arithmetic where no data sheet gives one (a CPU)."""
-    side = 8192 if device.startswith("cuda") else 2048
+    side = PRODUCT_SIDE if device.startswith("cuda") else 2048
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     out = torch.empty_like(a)
     return 2.0 * side**3 / median_seconds({"matmul": lambda: torch.mm(a, b, out=out)}, device, repeats)["matmul"]
+
+
+def hold_product(device: torch.device, seconds: float = HOLD_SECONDS) -> float | None:
+    """Multiplies large bf16 matrices on a GPU for some seconds, so that what is timed next runs at settled clocks.
+
+    Returns:
+        FLOP/s over the last tenth of the time; None on a CPU, which needs nothing of it.
+    """
+    if device.type != "cuda":
+        return None
+    a, b = (torch.randn(PRODUCT_SIDE, PRODUCT_SIDE, device=device, dtype=torch.bfloat16) for _ in range(2))
+    out = torch.empty_like(a)
+    began, rates = time.perf_counter(), list[float]()
+    while (start := time.perf_counter()) - began < seconds:
+        for _ in range(20):
+            torch.mm(a, b, out=out)
+        wait_for(device)
+        rates.append(20 * 2.0 * PRODUCT_SIDE**3 / (time.perf_counter() - start))
+    return statistics.fmean(rates[-max(1, len(rates) // 10) :])
 
 
 class Neighbours:
