@@ -12,7 +12,7 @@ DEV_ENV := .venv/.dev-installed
 endif
 export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
 
-.PHONY: demo test lint bench gpu-check gpu-loader gpu-train clean
+.PHONY: demo test lint bench gpu-check gpu-check-more gpu-loader gpu-train clean
 
 demo: $(DEMO_ENV) ## photographs -> shards -> a pretrained tiny MAE -> pictures, in demo/
 	$(RUN) -m patchmill.tools.demo --out demo
@@ -29,8 +29,11 @@ lint: $(DEV_ENV)
 bench: $(DEV_ENV) ## the CPU benchmarks; results go to benchmarks/results/
 	$(RUN) -m benchmarks.run_all
 
-gpu-check: $(DEV_ENV) ## GPU tests, kernels, ceilings, steps, numerics, under 9 minutes; results in $$OUT or benchmarks/results/
-	$(RUN) -m benchmarks.gpu_check
+gpu-check: $(DEV_ENV) ## GPU tests, steps, kernels, ceilings, under 9 minutes; results in $$OUT or benchmarks/results/
+	$(RUN) -m benchmarks.gpu_check $(GPU_CHECK)
+
+gpu-check-more: $(DEV_ENV) ## loss curves, other models and batches, under 9 minutes
+	$(RUN) -m benchmarks.gpu_check --more $(GPU_CHECK)
 
 gpu-loader: $(DEV_ENV) ## DALI on the GPU, from JPEG tars to the step, under 6 minutes; IMAGES=folder or .zip of JPEGs
 	timeout --kill-after=10 500 $(RUN) -m benchmarks.bench_dali_gpu

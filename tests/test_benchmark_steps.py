@@ -87,7 +87,7 @@ class FakeEvent:
 
 
 class Simulated:
-    """A device and a loader: batch k is ready at `ready[k]` s. Either the host waits for it in `next`, or the stream."""
+    """A device and a loader whose batch k is ready after `ready[k]` s: the host waits for it, or the stream."""
 
     def __init__(self, ready: list[float], host_waits: bool) -> None:
         self.ready, self.host_waits = iter(ready), host_waits
