@@ -232,9 +232,9 @@ def test_bf16_gradients_of_attention_equal_the_exact_ones(shape):
         qkv = random_qkv(shape, 64, "cuda", torch.bfloat16)
         grad = torch.randn(64, shape.H, shape.Q, shape.d, device=DEVICE).bfloat16()
         found = torch.autograd.grad(attention(*qkv), qkv, grad)
-        exact_qkv = tuple(each.detach().float().requires_grad_() for each in qkv)
+        q, k, v = exact_qkv = [each.detach().float().requires_grad_() for each in qkv]
         with sdpa_kernel(SDPBackend.MATH):
-            out = torch.nn.functional.scaled_dot_product_attention(*exact_qkv)
+            out = torch.nn.functional.scaled_dot_product_attention(q, k, v)
         for name, mine, exact in zip("qkv", found, torch.autograd.grad(out, exact_qkv, grad.float()), strict=True):
             assert mine.isfinite().all(), f"d{name}, seed {seed}"
             assert relative(mine.float(), exact) < 2e-2, f"d{name}, seed {seed}"
