@@ -1,7 +1,4 @@
-"""step values -> [metrics] -> metrics.jsonl, TensorBoard, loss.png: what a run says of itself.
-
-Values stay on the device until a log step; then one copy brings them over, and every step gets its line.
-"""
+"""Counts the FLOPs of training, and knows the peak of GPUs, for MFU."""
 
 import torch
 
@@ -9,14 +6,15 @@ from patchmill.pipeline.config import MaskConfig
 from patchmill.trainer.config.model import ModelConfig
 
 PEAK_BF16_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "B200": 2250e12}
-"""dense bf16 peak per second by a part of the device's name (data sheets)"""
+"""dense bf16 FLOP/s, by a part of the device's name (data sheets)"""
 
 
 def train_flops_per_image(config: ModelConfig, mask: MaskConfig) -> float:
-    """Matrix-product FLOPs of forward and backward for one image, whatever a fast path skips (2 per multiply-add).
+    """Counts matrix-product FLOPs of forward and backward for one image (2 per multiply-add).
 
-    The published formulation is counted (all patches embedded and predicted): ViT-B/16, L/16 and H/14 at 224 px and
-    75 % give 58.5, 124.2 and 291 G, the numbers that MFU is stated in. What makes tokens of a target is not counted.
+    It counts the published formulation, which embeds and predicts all patches, whatever a fast path skips: 58.5, 124.2
+    and 291 GFLOPs for ViT-B/16, L/16 and H/14 at 224 px and 75 %. MFU is based on these. A target's tokenizer does not
+    count.
     """
     c, patches = config, config.num_patches
     kept = patches if c.sees_mask_tokens else mask.kept(c.grid_hw)
@@ -41,7 +39,7 @@ def train_flops_per_image(config: ModelConfig, mask: MaskConfig) -> float:
 
 
 def device_peak(device: torch.device) -> float | None:
-    """Dense bf16 peak of a device, FLOP/s; None for a CPU and for GPUs that the table does not have."""
+    """Returns a device's dense bf16 peak in FLOP/s; None for a CPU or an unknown GPU."""
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)

@@ -1,7 +1,7 @@
-"""trainee, loader -> [loop] -> metrics, checkpoints, pictures: one update after another, and what is seen to between.
+"""Runs the training loop: update, log, evaluate, checkpoint.
 
-What is looked at on the way (evaluation, spectrum, picture) draws nothing and changes nothing, so that the trajectory
-is the same without it; the clock of images/s stands still meanwhile.
+Evaluations, spectra and pictures draw no random numbers and change nothing: the trajectory is the same without them.
+The time they take does not count in images/s.
 """
 
 import dataclasses
@@ -30,21 +30,22 @@ from patchmill.trainer.metrics import Metrics, mask_token_norm
 from patchmill.trainer.model.vit import VisionTransformer
 
 PICTURE_IMAGES = 8
+"""images on a sheet of reconstructions"""
 
 
 class Progress(NamedTuple):
-    """Where a run stands, for whoever draws it."""
+    """The state of a run, for a progress display."""
 
     step: int
     total_steps: int
     latest: dict[str, float]
-    """the newest line of metrics.jsonl; empty until the first log step"""
+    """latest line of metrics.jsonl; empty before the first log step"""
     evaluation: dict[str, float]
-    """the newest line of evaluations.jsonl; empty until there is one"""
+    """latest line of evaluations.jsonl; empty before the first"""
 
 
 class Trainee(NamedTuple):
-    """What is trained, and all of its state but the loader's."""
+    """A model in training, with all of its state except the loader's."""
 
     model: VisionTransformer
     optimizer: torch.optim.Optimizer
@@ -53,7 +54,7 @@ class Trainee(NamedTuple):
 
 
 class Due(NamedTuple):
-    """What is to be looked at after an update."""
+    """The evaluations due after an update."""
 
     evaluation: bool
     spectrum: bool
@@ -72,13 +73,12 @@ class Loop:
         total_steps: int,
         observer: Observer = NOBODY,
     ) -> None:
-        """Checks what the run will need on its way.
+        """Opens and checks the evaluation data and the size schedule before training starts.
 
         Args:
             observer: sees updates, metrics, evaluations and checkpoints.
-
         Raises:
-            ValueError, FileNotFoundError: data of the evaluation, or a schedule of sizes, that cannot be used.
+            ValueError, FileNotFoundError: the evaluation data or the size schedule cannot be used.
         """
         self.config, self.world, self.trainee, self.loader = config, world, trainee, loader
         self.observer = observer
@@ -94,27 +94,31 @@ class Loop:
         )
 
     def run(self, start: int, metrics: Metrics, stop: list[str], on_progress: Callable[[Progress], None]) -> int:
-        """Trains on from `start` updates. Returns updates done: total_steps, or less when a signal came into `stop`."""
+        """Trains from update `start` on, and returns the number of updates done.
+
+        Args:
+            stop: names of stop signals; once it has one, all ranks save and stop after the same update.
+            on_progress: called after every update.
+        """
         train, trainee, loader, span = self.config.train, self.trainee, self.loader, self.observer.span
         saver, vote = Saver(Path(self.config.out), train, self.world), StopVote(self.world)
         metrics.start(loader.wait_seconds)
         step, ending = start, start == self.total_steps
         while not ending:
-            if self.phases and trainee.model.input_hw[0] != size_at(self.phases, step):
-                self._flush(metrics)
-                self._take_size(size_at(self.phases, step), metrics)
-            batch = next(loader)
-            set_learning_rate(trainee.optimizer, self.rate(step))
+            self._set_image_size(step, metrics)
+            batch, lr = next(loader), self.rate(step)
+            set_learning_rate(trainee.optimizer, lr)
             with span("update", len(batch.images)):
                 values = trainee.update(batch)
-            metrics.add(step + 1, (step + 1) / self.per_epoch, self.rate(step), values, batch.sample_ids)
             step += 1
+            metrics.add(step, step / self.per_epoch, lr, values, batch.sample_ids)
+
             stopped = step < self.total_steps and vote.cast(bool(stop))
             ending = stopped or step == self.total_steps
             due = self._due(step, stopped)
             if ending or any(due) or step % train.log_every_steps == 0:
                 self._flush(metrics)
-            if any(due):  # before the checkpoint, which then stands for it too
+            if any(due):  # before the checkpoint: a run resumed from it need not repeat the evaluation
                 with span("evaluate", len(batch.images)):
                     self._look(due, step, batch, metrics)
             if ending or step % train.save_every_steps == 0:
@@ -127,9 +131,9 @@ class Loop:
         return step
 
     def _due(self, step: int, stopped: bool) -> Due:
-        """A run that was told to stop has no time for an evaluation."""
         train = self.config.train
         return Due(
+            # a run that was asked to stop has no time for a whole evaluation
             self.online is not None and self.online.is_due(step, self.per_epoch) and not stopped,
             _crosses(step, train.spectrum_every_epochs, self.per_epoch),
             _crosses(step, train.picture_every_epochs, self.per_epoch),
@@ -155,8 +159,12 @@ class Loop:
             metrics.flush(self.loader.wait_seconds, **watched)
         _check_skipped(metrics, self.config.train.max_skipped_steps)
 
-    def _take_size(self, size: int, metrics: Metrics) -> None:
-        """Goes over to square images of another size: the loader, the model's positions, and what an image costs."""
+    def _set_image_size(self, step: int, metrics: Metrics) -> None:
+        """Follows the size schedule: switches loader, model and FLOPs per image when a new phase begins."""
+        if not self.phases or self.trainee.model.input_hw[0] == size_at(self.phases, step):
+            return
+        self._flush(metrics)  # lines of the last phase are written with its image size
+        size = size_at(self.phases, step)
         self.loader.set_image_size((size, size))
         self.trainee.model.input_hw = (size, size)
         model = dataclasses.replace(self.config.model, image_size=size)
@@ -166,14 +174,14 @@ class Loop:
 def _check_skipped(metrics: Metrics, most: int) -> None:
     if metrics.skipped_in_a_row >= most:
         raise FloatingPointError(
-            f"{metrics.skipped_in_a_row} updates in a row up to step {metrics.latest['step']} were left out (loss or "
-            f"gradient not finite, or a spike); {metrics.run / 'skipped.jsonl'} names their samples. Resume from an "
+            f"{metrics.skipped_in_a_row} updates in a row up to step {metrics.latest['step']} were skipped (loss or "
+            f"gradient not finite, or a spike); {metrics.run / 'skipped.jsonl'} lists their samples. Resume from an "
             "earlier checkpoint (--resume PATH) with a lower --optim.blr, --optim.clip-grad 1 or --train.precision fp32"
         )
 
 
 def _crosses(step: int, every_epochs: float | None, steps_per_epoch: int) -> bool:
-    """Whether a multiple of `every_epochs` lies in (step - 1, step]; never, when it is unset."""
+    """Whether update `step` reaches a multiple of `every_epochs`; never if that is unset."""
     if every_epochs is None:
         return False
     interval = every_epochs * steps_per_epoch
@@ -181,7 +189,7 @@ def _crosses(step: int, every_epochs: float | None, steps_per_epoch: int) -> boo
 
 
 def _draw(path: Path, model: VisionTransformer, batch: Batch, world: World) -> None:
-    """A grid of masked | reconstruction | original. Every rank must call it: sharded weights are gathered."""
+    """Draws masked, reconstructed and original images. Every rank must call it: it gathers sharded weights."""
     plan = dataclasses.replace(batch.plan, **{name: ids[:PICTURE_IMAGES] for name, ids in vars(batch.plan).items()})
     images = batch.images[:PICTURE_IMAGES]
     masked, reconstruction = reconstruct(model, images, plan)

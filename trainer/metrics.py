@@ -1,6 +1,6 @@
-"""step values -> [metrics] -> metrics.jsonl, TensorBoard, loss.png: what a run says of itself.
+"""Logs a run's values to metrics.jsonl, TensorBoard and Weights & Biases.
 
-Values stay on the device until a log step; then one copy brings them over, and every step gets its line.
+Values stay on the device until a log step; then one copy fetches them and every step gets its line.
 """
 
 import hashlib
@@ -20,14 +20,14 @@ from patchmill.trainer.evaluate.spectrum import Spectrum
 from patchmill.trainer.flops import device_peak
 
 EVALUATIONS = "evaluations.jsonl"
-"""of a run folder: one object an evaluation on the way"""
+"""file of a run folder: one object per evaluation during training"""
 
 SPECTRA = "spectra.jsonl"
-"""of a run folder: one object a spectrum of class tokens taken on the way"""
+"""file of a run folder: one object per spectrum of class tokens during training"""
 
 
 class _Pending(NamedTuple):
-    """An update whose values still lie on the device."""
+    """An update whose values are still on the device."""
 
     step: int
     epoch: float
@@ -37,11 +37,11 @@ class _Pending(NamedTuple):
 
 
 class Metrics:
-    """Collects a run's step values and writes them every `log_every_steps`. All ranks hold one; the first writes.
+    """Collects a run's step values and writes them when flushed. Every rank has one; the first rank's writes.
 
-    `latest` is the newest written line, for the progress bar: step, epoch, loss, lr, grad_norm, skipped, images_per_s,
-    data_wait (share of wall time spent waiting for the loader), memory_gb, and mfu where the device's peak is known.
-    With U-MAE's term, whose weighted value is part of the loss: reconstruction (the loss without it) and uniformity.
+    `latest` is the last line written: step, epoch, loss, lr, grad_norm, skipped, images_per_s, data_wait (share of wall
+    time spent waiting for the loader), memory_gb, and mfu if the device's peak is known. With U-MAE's term, whose
+    weighted value the loss includes: also reconstruction (the loss without it) and uniformity.
     """
 
     def __init__(
@@ -79,19 +79,19 @@ class Metrics:
             self._file = open(run / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
 
     def start(self, wait_seconds: float) -> None:
-        """Starts the clock: what came before (loading, compiling) is not counted."""
+        """Restarts the clock: time before it (loading, compiling, evaluating) does not count."""
         self._clock, self._waited = time.perf_counter(), wait_seconds
 
     def add(self, step: int, epoch: float, lr: float, values: StepValues, sample_ids_B: Tensor) -> None:
-        """Keeps an update's values, still on the device; `step` counts updates done, from 1."""
+        """Keeps an update's values on the device; `step` counts updates done, from 1."""
         self._pending.append(_Pending(step, epoch, lr, values, sample_ids_B))
 
     def flush(self, wait_seconds: float, **watched: Tensor) -> None:
-        """Brings the pending values over (one copy) and writes a line for each step.
+        """Fetches the pending values in one copy and writes a line for each step.
 
         Args:
-            wait_seconds: the loader's running total of time that the trainer waited for it.
-            watched: more values as of now; they stand in every line that is written.
+            wait_seconds: total time so far that the trainer has waited for the loader.
+            watched: current values to add to every line.
         """
         if not self._pending:
             return
@@ -128,7 +128,7 @@ class Metrics:
         self._clock, self._waited = now, wait_seconds
 
     def add_evaluation(self, step: int, epoch: float, found: dict[str, float]) -> None:
-        """Writes a line of evaluations.jsonl, and the values to the other sinks."""
+        """Writes a line to evaluations.jsonl and the values to the other sinks."""
         self.latest_evaluation = {"step": step, "epoch": round(epoch, 6)} | found
         if self.world.is_first:
             with open(self.run / EVALUATIONS, "a", encoding="utf-8") as file:
@@ -136,7 +136,7 @@ class Metrics:
         self._show(step, found)
 
     def add_spectrum(self, step: int, epoch: float, spectrum: Spectrum) -> None:
-        """Writes a line of spectra.jsonl, and the effective rank to the other sinks; to be called on the first rank."""
+        """Writes a line to spectra.jsonl and the effective rank to the other sinks. Call it on the first rank only."""
         line = {"step": step, "epoch": round(epoch, 6)} | spectrum._asdict()
         rank = {"effective_rank": spectrum.effective_rank}
         with open(self.run / SPECTRA, "a", encoding="utf-8") as file:
@@ -165,8 +165,11 @@ class Metrics:
             self._wandb.log(values, step=step)
 
     def _name_samples(self, line: dict[str, float], own_loss: float, sample_ids_B: Tensor) -> None:
-        """Notes an update that was left out in skipped.jsonl: the samples of the ranks whose own loss is not finite, or
-        of all ranks when each is (a spike, or an overflow in the gradient). A collective call."""
+        """Writes a skipped update to skipped.jsonl, with its suspect samples. A collective call.
+
+        Suspect are the samples of ranks whose own loss is not finite; if all are finite (a spike, or an overflow in the
+        gradient), those of all ranks.
+        """
         finite = self.world.gather(torch.tensor(math.isfinite(own_loss)))
         every_B = self.world.gather(sample_ids_B)
         guilty = [rank for rank, good in enumerate(finite) if not good] or list(range(self.world.size))
@@ -177,7 +180,7 @@ class Metrics:
 
 
 def mask_token_norm(model: nn.Module) -> dict[str, Tensor]:
-    """The norm of a model's mask token (its growth tells of a decoder that cheats); empty for a model without one."""
+    """Returns the norm of the mask token, whose growth reveals a decoder that cheats; empty for a model without one."""
     token = dict(model.named_parameters()).get("mask_token")
     if token is None:
         return {}
@@ -185,12 +188,12 @@ def mask_token_norm(model: nn.Module) -> dict[str, Tensor]:
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """The lines of a run's metrics.jsonl, oldest first."""
+    """Reads a run's metrics.jsonl, oldest line first."""
     return read_lines(run / "metrics.jsonl")
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a .jsonl file; a line cut by a kill is left out."""
+    """Reads the objects of a .jsonl file; skips a line that a killed run left incomplete."""
     lines = []
     for text in path.read_text(encoding="utf-8").splitlines():
         try:
@@ -201,7 +204,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def _finite(line: dict[str, float]) -> dict[str, Any]:
-    """JSON has no NaN: a value that is not finite is written as null."""
+    """Replaces values that are not finite by null: JSON has no NaN."""
     return {name: value if math.isfinite(value) else None for name, value in line.items()}
 
 
@@ -210,17 +213,17 @@ def _open_wandb(run: Path, project: str) -> Any:
         import wandb
     except ImportError as error:
         raise ValueError(f"train.wandb needs Weights & Biases ({error}): pip install wandb, or leave it out") from error
-    # the run's folder is its identity: a resumed run goes on in the same place
+    # the folder is the run's identity: a resumed run continues the same W&B run
     identity = hashlib.sha256(str(run.resolve()).encode()).hexdigest()[:16]
     return wandb.init(project=project, name=run.name, id=identity, resume="allow", dir=str(run))
 
 
 def peak_memory_gb(device: torch.device) -> float:
-    """Most memory held so far, in GiB: of the device, or of the process where the device is the CPU."""
+    """Peak memory so far in GiB: of the GPU, or of the process on a CPU."""
     if device.type == "cuda":
         return round(torch.cuda.max_memory_allocated(device) / 2**30, 3)
     try:
-        # getrusage would count the parent's memory too, when that started us
+        # getrusage could report the peak of the parent that forked this process
         status = Path("/proc/self/status").read_text(encoding="utf-8")
     except OSError:  # not Linux
         return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**30, 3)

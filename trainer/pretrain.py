@@ -1,7 +1,7 @@
-"""config -> [pretrain] -> a run folder (run_folder.py): loader, model, optimizer, what is resumed, and loop.py.
+"""Pretrains as a config says: builds loader, model and optimizer, resumes, and runs the loop of loop.py.
 
-The trajectory is a function of the config alone: weights come from the seed, batches from (seed, epoch, step), and a
-resumed run continues bit for bit on the same kind of device with the same number of ranks.
+The config alone determines the trajectory: weights come from the seed, batches from (seed, epoch, step). A resumed run
+continues bit for bit on the same kind of device with the same number of ranks.
 """
 
 import dataclasses
@@ -30,7 +30,7 @@ from patchmill.trainer.loop import Loop, Progress, Trainee
 from patchmill.trainer.metrics import Metrics
 from patchmill.trainer.model.build import build_model
 from patchmill.trainer.model.target_files import load_target
-from patchmill.trainer.run_folder import open_run, write_status
+from patchmill.trainer.run_folder import State, open_run, write_status
 
 
 class Summary(NamedTuple):
@@ -40,9 +40,9 @@ class Summary(NamedTuple):
     step: int
     total_steps: int
     interrupted: str | None
-    """name of the signal that stopped it, None when it came to its end"""
+    """name of the signal that stopped it; None if it reached its end"""
     began_from: str | None
-    """what was taken of config.init, None where nothing was"""
+    """what was loaded from config.init, in words; None if nothing"""
     resumed_from: Path | None
     damaged: list[checkpoint.Damage]
     bad_samples: int
@@ -51,20 +51,32 @@ class Summary(NamedTuple):
     evaluation: dict[str, float]
 
 
+class Start(NamedTuple):
+    """Where a run starts."""
+
+    step: int
+    began_from: str | None
+    resumed_from: Path | None
+    damaged: list[checkpoint.Damage]
+    """newer checkpoints that could not be used"""
+
+
 def pretrain(
     config: PretrainConfig,
     on_progress: Callable[[Progress], None] = lambda progress: None,
     observer: Observer = NOBODY,
 ) -> Summary:
-    """Pretrains as the config says and returns how it ended.
+    """Pretrains as the config says and returns how the run ended.
 
-    `observer` sees the stages of loader and loop at work (pipeline/observe.py).
-    SIGINT, SIGTERM and SIGUSR1 finish the current update, write a checkpoint and end the run in order.
+    On SIGINT, SIGTERM and SIGUSR1 it finishes the current update, writes a checkpoint and returns.
 
+    Args:
+        on_progress: called after every update.
+        observer: sees the stages of loader and loop at work (pipeline/observe.py).
     Raises:
-        ValueError: an option that cannot work, with its remedy.
+        ValueError: an option cannot work; the message has the remedy.
         OSError: data or run folder cannot be read or written; a rank died or hangs (ConnectionError).
-        FloatingPointError: loss or gradient stayed unusable.
+        FloatingPointError: too many updates in a row were skipped.
     """
     with (
         stop_on_signals() as stop,
@@ -75,35 +87,34 @@ def pretrain(
         total_steps, run = config.train.steps(loader.steps_per_epoch), Path(config.out)
         trainee = build_trainee(config, world, observer)
         loop = Loop(config, world, trainee, loader, total_steps, observer)
-        start, resumed_from, damaged = _resume(config, world, trainee, loader)
-        began_from = begin_from(trainee.model, config.init) if config.init and resumed_from is None else None
-        if start > total_steps:
-            raise ValueError(f"{resumed_from} is past the end of this run ({total_steps} steps); give it more steps")
+        start = _start(config, world, trainee, loader, total_steps)
+
+        def report(state: State, step: int, why: str | None = None) -> None:
+            if world.is_first:
+                write_status(run, state, step, total_steps, why)
+
         if world.is_first:
-            open_run(run, config, start)
+            open_run(run, config, start.step)
         world.barrier()
         metrics = _metrics(config, world)
-        if world.is_first:
-            write_status(run, "running", start, total_steps)
+        report("running", start.step)
         try:
-            step = loop.run(start, metrics, stop, on_progress)
+            step = loop.run(start.step, metrics, stop, on_progress)
         except (OSError, ValueError, ArithmeticError, RuntimeError) as error:
-            if world.is_first:
-                write_status(run, "failed", int(metrics.latest.get("step", start)), total_steps, str(error))
+            report("failed", int(metrics.latest.get("step", start.step)), str(error))
             raise
         finally:
             metrics.close()
         interrupted = (stop[0] if stop else "a signal to another rank") if step < total_steps else None
-        if world.is_first:
-            write_status(run, "stopped" if interrupted else "finished", step, total_steps, interrupted)
+        report("stopped" if interrupted else "finished", step, interrupted)
         return Summary(
             run,
             step,
             total_steps,
             interrupted,
-            began_from,
-            resumed_from,
-            damaged,
+            start.began_from,
+            start.resumed_from,
+            start.damaged,
             loader.bad_samples,
             metrics.skipped,
             metrics.latest,
@@ -112,7 +123,7 @@ def pretrain(
 
 
 def open_loader(config: PretrainConfig, world: World, observer: Observer = NOBODY) -> Loader:
-    """The loader of a run, of this rank. Raises ValueError and OSError as build_loader does."""
+    """Builds this rank's loader for a run. Raises ValueError and OSError as build_loader does."""
     parts = world.size * config.train.accum_steps
     if config.train.global_batch % parts:
         raise ValueError(
@@ -136,10 +147,10 @@ def open_loader(config: PretrainConfig, world: World, observer: Observer = NOBOD
 
 
 def build_trainee(config: PretrainConfig, world: World, observer: Observer = NOBODY) -> Trainee:
-    """Model, optimizer and guard of a run as it begins, and its update."""
+    """Builds the model, optimizer and guard of a run, as they are at its start, and its update function."""
     train = config.train
     if train.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it starts
     torch.use_deterministic_algorithms(train.deterministic)
     torch.manual_seed(config.seed)
     model = build_model(config.model).to(world.device)
@@ -177,37 +188,41 @@ def _metrics(config: PretrainConfig, world: World) -> Metrics:
     )
 
 
-def _resume(
-    config: PretrainConfig, world: World, trainee: Trainee, loader: Loader
-) -> tuple[int, Path | None, list[checkpoint.Damage]]:
-    """Puts everything where `config.resume` says; returns updates done, whence, and what was damaged.
+def _start(config: PretrainConfig, world: World, trainee: Trainee, loader: Loader, total_steps: int) -> Start:
+    """Brings trainee and loader to where `config.resume` and `config.init` say."""
+    path, damaged = _find_checkpoint(config, world)
+    if path is None:
+        load_target(trainee.model, config.target_path)
+        began_from = begin_from(trainee.model, config.init) if config.init else None
+        return Start(0, began_from, None, damaged)
+    state = checkpoint.restore(path, trainee.model, trainee.optimizer, trainee.guard)
+    loader.load_state_dict(state["loader"])
+    if state["step"] > total_steps:
+        raise ValueError(f"{path} is past the end of this run ({total_steps} steps); give it more steps")
+    return Start(state["step"], None, path, damaged)
 
-    The first rank looks for the newest valid checkpoint and all take that one.
-    """
+
+def _find_checkpoint(config: PretrainConfig, world: World) -> tuple[Path | None, list[checkpoint.Damage]]:
+    """The checkpoint to resume from, if any, and newer ones that are damaged; the same checkpoint on every rank."""
     run = Path(config.out)
-    damaged: list[checkpoint.Damage] = []
-    path: Path | None = None
     if config.resume == "never":
         if checkpoint.all_checkpoints(run):
             raise ValueError(f"{run} already holds a run; choose another --out, or --resume auto to continue it")
-    elif config.resume == "auto":
-        if world.is_first:
-            path, damaged = checkpoint.newest_valid(run)
-            if path is None and damaged:
-                raise ValueError(
-                    f"no checkpoint of {run} can be used ({damaged[0].path.name}: {damaged[0].reason}); "
-                    "choose another --out to start anew"
-                )
-        step = world.agree(-1 if path is None else checkpoint.step_of(path))
-        path = None if step < 0 else checkpoint.folder(run, step)
-    else:
+        return None, []
+    if config.resume != "auto":
         path = Path(config.resume)
         reason = checkpoint.find_damage(path) if path.is_dir() else "no such folder"
         if reason is not None:
             raise ValueError(f"cannot resume from {path}: {reason}; give a folder checkpoints/step-XXXXXXXX of a run")
-    if path is None:
-        load_target(trainee.model, config.target_path)
-        return 0, None, damaged
-    state = checkpoint.restore(path, trainee.model, trainee.optimizer, trainee.guard)
-    loader.load_state_dict(state["loader"])
-    return state["step"], path, damaged
+        return path, []
+    newest: Path | None = None
+    damaged: list[checkpoint.Damage] = []
+    if world.is_first:  # one rank verifies the checksums and decides for all
+        newest, damaged = checkpoint.newest_valid(run)
+        if newest is None and damaged:
+            raise ValueError(
+                f"no checkpoint of {run} can be used ({damaged[0].path.name}: {damaged[0].reason}); "
+                "choose another --out to start over"
+            )
+    step = world.agree(-1 if newest is None else checkpoint.step_of(newest))
+    return (None if step < 0 else checkpoint.folder(run, step)), damaged

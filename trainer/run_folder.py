@@ -1,13 +1,13 @@
-"""loop -> [run folder] -> people and tools: what a run says of itself beside its checkpoints.
+"""Writes and reads the files by which a run describes itself.
 
 runs/first/
-  config.toml      the resolved config, fit for --config
-  status.json      running, finished, stopped or failed; at which step; why; which process
-  metrics.jsonl    one object a step
-  evaluations.jsonl  kNN and linear probe on the way (eval.every_epochs)
-  spectra.jsonl    singular values of class tokens on the way (train.spectrum_every_epochs)
-  skipped.jsonl    updates that were left out, with their samples
-  quarantine.jsonl bad images
+  config.toml        the resolved config, ready for --config
+  status.json        running, finished, stopped or failed; at which step; why; which process
+  metrics.jsonl      one object per step
+  evaluations.jsonl  kNN and linear probe during training (eval.every_epochs)
+  spectra.jsonl      singular values of class tokens during training (train.spectrum_every_epochs)
+  skipped.jsonl      skipped updates and their samples
+  quarantine.jsonl   bad images
   tensorboard/  pictures/  loss.png  spectra.png  checkpoints/step-XXXXXXXX/
 """
 
@@ -23,12 +23,11 @@ from patchmill.trainer.metrics import EVALUATIONS, SPECTRA, read_lines
 
 STATUS = "status.json"
 
-
 State = Literal["running", "finished", "stopped", "failed"]
 
 
 class Status(NamedTuple):
-    """Where a run stands; the marker that schedulers and `patchmill runs` read."""
+    """The state of a run, which schedulers and `patchmill runs` read."""
 
     state: State
     step: int
@@ -41,7 +40,7 @@ class Status(NamedTuple):
 
     @property
     def is_gone(self) -> bool:
-        """Whether the run says that it is running but its process, on this machine, is not there."""
+        """Whether the run claims to be running on this machine but its process no longer exists."""
         if self.state != "running" or self.host != socket.gethostname():
             return False
         try:
@@ -54,11 +53,11 @@ class Status(NamedTuple):
 
 
 def open_run(run: Path, config: PretrainConfig, start: int) -> None:
-    """Makes the folder, writes the config and drops metrics past `start`: a run that resumes there writes them again.
+    """Creates the folder, writes the config and drops lines after step `start`, which the resumed run writes again.
 
     Raises:
-        OSError: it cannot be written; the message says how to go on.
-        ValueError: it is a packed dataset.
+        OSError: the folder cannot be written.
+        ValueError: the folder is a packed dataset.
     """
     if (run / "manifest.json").exists():
         raise ValueError(f"{run} is a dataset, not a run folder: choose another --out")
@@ -80,15 +79,15 @@ def write_status(run: Path, state: State, step: int, total_steps: int, why: str 
 
 
 def read_status(run: Path) -> Status:
-    """The status of a run folder. Raises ValueError for a folder that holds none that can be read."""
+    """Reads the status of a run folder. Raises ValueError if it has none or it is unreadable."""
     try:
         return Status(**json.loads((run / STATUS).read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:
-        raise ValueError(f"{run} is no run folder: its {STATUS} cannot be read ({error})") from error
+        raise ValueError(f"{run} is not a run folder: cannot read its {STATUS} ({error})") from error
 
 
 def _replace(path: Path, text: str) -> None:
-    """Writes a small file whole or not at all."""
+    """Replaces a small file atomically."""
     beside = path.with_name(f".{path.name}.tmp")
     beside.write_text(text, encoding="utf-8")
     beside.rename(path)

@@ -131,6 +131,7 @@ def update(
     if guard.fp16:
         torch._foreach_mul_(gradients, 1 / scale)
     own_norm = whole(torch.nn.utils.get_total_norm(gradients))
+    # after this all ranks hold the same numbers and decide alike
     mean_loss, grad_norm = world.mean(torch.stack([own_loss, own_norm]))
     if clip_grad is not None:
         torch.nn.utils.clip_grads_with_norm_(parameters, clip_grad, grad_norm)
