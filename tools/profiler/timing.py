@@ -114,7 +114,7 @@ def _cpu_timer(candidate: Candidate, clock: Clock) -> Callable[[], float]:
 
 
 def _l2_flush(device: str) -> Candidate:
-    """Evicts everything from L2 by reading: lines that a write left dirty would be written back during the candidate."""
+    """Evicts L2 by reading: lines that a write left dirty would be written back during the candidate."""
     scratch, total = torch.zeros(FLUSH_BYTES // 4, device=device), torch.zeros((), device=device)
     return lambda: torch.sum(scratch, dim=0, out=total)
 
