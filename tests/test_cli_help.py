@@ -1,5 +1,6 @@
 """`patchmill --help` and `patchmill COMMAND --help`: every command has an example."""
 
+import re
 import sys
 
 import pytest
@@ -22,3 +23,31 @@ def test_help_lists_every_command(word, capsys, monkeypatch):
     assert cli.main() == 0
     said = capsys.readouterr().out
     assert all(f"  {command} " in said for command in cli.COMMANDS)
+
+
+READ = {"decoder", "interpolation", "workers", "prefetch-batches", "max-bad-fraction", "timeout-seconds", "cache-dir"}
+READ |= {"cache-limit-gib"}
+VIEW = READ | {"path", "crop", "crop-rule", "scale", "ratio", "crop-fraction", "flip", "colour-jitter"}
+VIEW |= {"quarantine-path"}
+EPOCH = VIEW | {"shuffle", "window-shards", "last-batch"}
+
+
+@pytest.mark.parametrize(
+    ("command", "needed", "obeyed"),
+    [
+        ("evaluate", ["--classifier", "x", "--tests", "x"], READ),
+        ("knn", [], READ | {"path"}),
+        ("spectrum", ["--checkpoints", "x", "--out", "x.png"], READ | {"path"}),
+        ("features", ["--checkpoint", "x", "--out", "x.parquet"], VIEW),
+        ("probe", [], EPOCH),
+        ("finetune", [], EPOCH),
+    ],
+)
+def test_a_command_shows_the_options_of_data_that_it_obeys_and_refuses_others(command, needed, obeyed, capsys):
+    with pytest.raises(SystemExit):
+        cli.run(command, ["--help"])
+    assert set(re.findall(r"--data\.([a-z-]+)", capsys.readouterr().out)) - {"no-flip"} == obeyed
+    with pytest.raises(SystemExit) as ended:
+        cli.run(command, [*needed, "--data.repeats", "2"])
+    assert ended.value.code == 2
+    assert "Unrecognized options: --data.repeats" in capsys.readouterr().err

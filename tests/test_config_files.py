@@ -1,13 +1,17 @@
 """Configs: recipes hold the published numbers, files give back what was saved, mistakes are named."""
 
 import dataclasses
+import tomllib
 
 import pytest
+import tomli_w
 
+from patchmill.pipeline.config import DataConfig
 from patchmill.tools.console.pretrain_options import parse_pretrain
+from patchmill.trainer.config.evaluate import FinetuneConfig, KnnConfig, ProbeConfig
 from patchmill.trainer.config.model import ModelConfig
 from patchmill.trainer.config.pretrain import PretrainConfig
-from patchmill.trainer.config.toml import from_toml, to_toml
+from patchmill.trainer.config.toml import from_toml, read_toml, to_toml
 from patchmill.trainer.flops import train_flops_per_image
 from patchmill.trainer.recipes.pretrain import RECIPES, get_recipe, with_options
 
@@ -44,6 +48,21 @@ def test_a_wrong_config_file_names_what_is_wrong(text, named, tmp_path):
     path.write_text(text)
     with pytest.raises(ValueError, match=named):
         from_toml(path)
+
+
+@pytest.mark.parametrize("kind", [KnnConfig, ProbeConfig, FinetuneConfig])
+def test_a_config_that_lists_every_option_of_data_still_loads(kind, tmp_path):
+    """Earlier versions wrote them all, also those that the command did not obey."""
+    path, config = tmp_path / "config.toml", kind()
+    table = tomllib.loads(to_toml(config))
+    table["data"] = tomllib.loads(to_toml(DataConfig())) | table["data"]
+    assert table["data"]["repeats"] == 1
+    path.write_text(tomli_w.dumps(table))
+    assert read_toml(path, kind) == config
+    table["data"]["repeats"] = 2
+    path.write_text(tomli_w.dumps(table))
+    with pytest.raises(ValueError, match=r"config\.toml.*does not obey data\.repeats = 2; remove"):
+        read_toml(path, kind)
 
 
 @pytest.mark.parametrize(

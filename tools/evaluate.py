@@ -6,7 +6,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from patchmill.pipeline.config import DataConfig
+import tyro
+
+from patchmill.pipeline.config import ReadConfig
 from patchmill.tools import cli
 from patchmill.tools.console.options import parse
 from patchmill.tools.console.progress import is_first
@@ -18,6 +20,13 @@ from patchmill.trainer.evaluate.report import RESULTS, per_class, write_scores
 
 ORIGIN_UNKNOWN = {"protocol": "classifier", "start": "scratch", "seed": 0}
 """of a classifier.safetensors without its results.json"""
+
+
+@dataclass(frozen=True)
+class TestReadConfig(ReadConfig):
+    """How images are read and decoded; --tests names the datasets."""
+
+    path: tyro.conf.Suppress[tyro.conf.Fixed[str]] = ""
 
 
 @dataclass(frozen=True)
@@ -43,8 +52,7 @@ class EvaluateConfig:
     """centre crop's share of the shorter side"""
     batch: int = 256
     """images at a time, over all ranks"""
-    data: DataConfig = field(default_factory=DataConfig)
-    """decoder, workers and interpolation"""
+    data: TestReadConfig = field(default_factory=TestReadConfig)
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     device: Literal["auto", "cpu", "cuda"] = "auto"
 

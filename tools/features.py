@@ -3,7 +3,6 @@
 Every image is seen once, whole: centre crop, no flip, no mask, in the dataset's order.
 """
 
-import dataclasses
 import json
 import sys
 from collections.abc import Iterator
@@ -45,7 +44,7 @@ class FeaturesConfig:
     """run folder (newest checkpoint), or a file or folder of any format that `patchmill import` reads"""
     out: str
     """.safetensors (row i is sample i of the dataset) or .parquet (with a sample_id column)"""
-    data: DataConfig = field(default_factory=lambda: DataConfig(crop="centre", flip=False))
+    data: ViewConfig = field(default_factory=lambda: ViewConfig(crop="centre", flip=False))
     tokens: tuple[Tokens, ...] = ("cls", "mean")
     """cls: the class token; mean: the average of the patches; patches: all of them (L x D numbers an image)"""
     dtype: Literal["float32", "float16"] = "float32"
@@ -134,7 +133,7 @@ def _one_epoch(loader: Loader) -> Iterator:
 def _open_loader(config: FeaturesConfig, encoder: Encoder, device: torch.device) -> Loader:
     c = encoder.config
     return build_loader(
-        dataclasses.replace(config.data, shuffle="none", last_batch="fill", repeats=1),
+        DataConfig(**vars(config.data), shuffle="none", last_batch="fill"),
         image_size=c.image_size,
         patch_size=c.patch_size,
         channels=c.channels,

@@ -39,7 +39,9 @@ class LookConfig:
     """run folder (newest checkpoint), or a file or folder of any format that `patchmill import` reads"""
     out: str
     """the PNG to write"""
-    data: DataConfig = field(default_factory=lambda: DataConfig(crop="centre", crop_fraction=1.0, flip=False))
+    data: DataConfig = field(
+        default_factory=lambda: DataConfig(crop="centre", crop_fraction=1.0, flip=False, last_batch="fill")
+    )
     show: tuple[Map, ...] = ("features", "attention")
     """what stands beside the images"""
     block: int = -1

@@ -2,7 +2,7 @@
 
 import dataclasses
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from patchmill.pipeline.batch import Batch
@@ -34,8 +34,8 @@ class ReconstructConfig:
     """run folder (newest checkpoint), checkpoints/step-XXXXXXXX, or a model.safetensors"""
     out: str
     """the PNG to write"""
-    data: DataConfig
-    mask: MaskConfig
+    data: DataConfig = field(default_factory=lambda: DataConfig(last_batch="fill"))
+    mask: MaskConfig = field(default_factory=MaskConfig)
     masks: tuple[str, ...] = ()
     """several masks: a ratio, a kind, or kind:ratio; what one leaves out is that of --mask"""
     images: int | None = None

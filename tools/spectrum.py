@@ -8,7 +8,7 @@ from typing import Literal
 from rich.console import Console
 
 from patchmill.pipeline.atomic import whole_file
-from patchmill.pipeline.config import DataConfig
+from patchmill.pipeline.config import ReadConfig
 from patchmill.tools import cli
 from patchmill.tools.console.options import parse
 from patchmill.tools.console.pictures import check_picture
@@ -37,7 +37,7 @@ class SpectrumConfig:
     """run folders (newest checkpoint), or files or folders of any format that `patchmill import` reads"""
     out: str
     """the PNG to write; the numbers go beside it as .json"""
-    data: DataConfig = field(default_factory=DataConfig)
+    data: ReadConfig = field(default_factory=ReadConfig)
     names: tuple[str, ...] = ()
     """what the picture calls them; those of one name (seeds) get one colour; unset: as they were given"""
     pool: Pool = "cls"

@@ -53,7 +53,7 @@ class TargetConfig:
     kind: tyro.conf.Positional[Literal["pca", "kmeans", "dvae"]]
     out: str
     """file to write, .safetensors"""
-    data: DataConfig = field(default_factory=DataConfig)
+    data: DataConfig = field(default_factory=lambda: DataConfig(last_batch="fill"))
     model: ModelConfig = field(default_factory=ModelConfig)
     width: int = 0
     """coefficients or codes; 0: as the recipe has it, else 96 and 8192"""
@@ -79,7 +79,8 @@ def main(argv: list[str]) -> int:
     """Runs the command."""
     chosen, rest = split_off(argv, recipe={"default": "mae-vit-b16"})
     recipe = get_recipe(chosen.recipe)
-    default = TargetConfig(kind=tyro.MISSING, out=tyro.MISSING, data=recipe.data, model=recipe.model)
+    data = dataclasses.replace(recipe.data, last_batch="fill")
+    default = TargetConfig(kind=tyro.MISSING, out=tyro.MISSING, data=data, model=recipe.model)
     config = parse(TargetConfig, "patchmill target", rest, default=default)
     if Path(config.out).suffix != ".safetensors":
         raise ValueError(f"--out {config.out} must end in .safetensors")
@@ -131,7 +132,7 @@ def _patches(
         most: patches to draw from all images together, equally many from each; None: all.
     """
     with build_loader(
-        dataclasses.replace(config.data, last_batch="fill"),
+        config.data,
         image_size=model.image_size,
         patch_size=model.patch_size,
         channels=model.channels,

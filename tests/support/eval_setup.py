@@ -4,7 +4,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from patchmill.pipeline.config import DataConfig
+from patchmill.pipeline.config import EpochConfig
 from patchmill.trainer.checkpoints.interop import write_checkpoint
 from patchmill.trainer.config.evaluate import SubjectConfig, TestConfig
 from patchmill.trainer.recipes.cifar import finetune_cifar, probe_cifar_nano
@@ -23,7 +23,7 @@ def make_setup(root):
 def where(root) -> dict[str, Any]:
     return {
         "subject": SubjectConfig(checkpoint=str(root / "encoder.safetensors")),
-        "data": DataConfig(path=str(root / "train" / "dataset"), scale=(0.3, 1.0)),
+        "data": EpochConfig(path=str(root / "train" / "dataset"), scale=(0.3, 1.0)),
         "test": TestConfig(path=str(root / "test" / "dataset"), batch=8),
         "device": "cpu",
     }

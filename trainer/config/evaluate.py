@@ -7,7 +7,7 @@ carry their unit; an unset option is an absent key.
 from dataclasses import dataclass, field
 from typing import Literal
 
-from patchmill.pipeline.config import DataConfig
+from patchmill.pipeline.config import EpochConfig, ReadConfig
 from patchmill.trainer.config.model import ModelConfig
 from patchmill.trainer.config.pretrain import OptimConfig
 
@@ -119,7 +119,7 @@ class KnnConfig:
     subject: SubjectConfig = field(default_factory=SubjectConfig)
     out: str = ""
     """folder for results; unset: beside the checkpoint"""
-    data: DataConfig = field(default_factory=DataConfig)
+    data: ReadConfig = field(default_factory=ReadConfig)
     test: TestConfig = field(default_factory=TestConfig)
     pool: Pool = "cls"
     """feature: the class token, or the mean of the patches"""
@@ -148,7 +148,7 @@ class ProbeConfig:
     subject: SubjectConfig = field(default_factory=SubjectConfig)
     out: str = ""
     """folder of the run; unset: beside the checkpoint"""
-    data: DataConfig = field(default_factory=lambda: DataConfig(crop_rule="tf", scale=(0.08, 1.0)))
+    data: EpochConfig = field(default_factory=lambda: EpochConfig(crop_rule="tf", scale=(0.08, 1.0)))
     test: TestConfig = field(default_factory=TestConfig)
     pool: Pool = "cls"
     """feature: the class token (published), or the mean of the patches"""
@@ -163,6 +163,8 @@ class ProbeConfig:
 
     def __post_init__(self) -> None:
         _check_optim(self.optim)
+        if self.optim.betas != OptimConfig().betas:
+            raise ValueError("the probe trains with LARS, which has no betas; leave --optim.betas out")
 
 
 @dataclass(frozen=True)
@@ -176,7 +178,7 @@ class FinetuneConfig:
     subject: SubjectConfig = field(default_factory=SubjectConfig)
     out: str = ""
     """folder of the run; unset: beside the checkpoint"""
-    data: DataConfig = field(default_factory=lambda: DataConfig(scale=(0.08, 1.0)))
+    data: EpochConfig = field(default_factory=lambda: EpochConfig(scale=(0.08, 1.0)))
     test: TestConfig = field(default_factory=TestConfig)
     pool: Pool = "mean"
     """classify the mean of the patches (published code), or the class token (the paper)"""

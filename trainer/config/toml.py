@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import dacite
 import tomli_w
 
+from patchmill.pipeline.config import DataConfig
 from patchmill.trainer.config.pretrain import PretrainConfig
 
 Config = TypeVar("Config")
@@ -28,17 +29,35 @@ def from_toml(path: str | Path) -> PretrainConfig:
 
 
 def read_toml(path: str | Path, kind: type[Config]) -> Config:
-    """Reads a config of that kind from what `to_toml` wrote. Raises ValueError as `from_toml` does."""
+    """Reads a config of that kind from what `to_toml` wrote. Raises ValueError as `from_toml` does.
+
+    Older probes and fine-tunings saved all options of `DataConfig`. Those that `kind` does not obey are dropped if they
+    have their default, and refused otherwise.
+    """
     try:
         table = tomllib.loads(Path(path).read_text(encoding="utf-8"))
         # TOML has arrays only: every array becomes a tuple, the sequence type of all configs
-        return dacite.from_dict(kind, _unset(kind, _tuples(table)), dacite.Config(strict=True))
+        table = _obeyed(kind, _tuples(table), path)
+        return dacite.from_dict(kind, _unset(kind, table), dacite.Config(strict=True))
     except OSError as error:
         raise OSError(f"cannot read {path}: {error.strerror or error}; give the config.toml of a run") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not valid TOML: {error}; give the config.toml of a run") from error
     except dacite.DaciteError as error:
         raise ValueError(f"{path}: {error}; give the config.toml of a run of this version") from error
+
+
+def _obeyed(kind: type, table: dict[str, Any], path: str | Path) -> dict[str, Any]:
+    hint, found, default = typing.get_type_hints(kind).get("data"), table.get("data"), DataConfig()
+    if not isinstance(found, dict) or not isinstance(hint, type) or not issubclass(DataConfig, hint):
+        return table
+    ignored = {f.name for f in dataclasses.fields(DataConfig)} - {
+        f.name for f in dataclasses.fields(typing.cast(Any, hint))
+    }
+    for name in sorted(ignored & found.keys()):
+        if found[name] != getattr(default, name):
+            raise ValueError(f"{path}: this command does not obey data.{name} = {found[name]!r}; remove that line")
+    return table | {"data": {name: value for name, value in found.items() if name not in ignored}}
 
 
 def _plain(value: Any) -> Any:

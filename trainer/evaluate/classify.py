@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from patchmill.pipeline.config import DataConfig
+from patchmill.pipeline.config import ReadConfig
 from patchmill.trainer.checkpoints.model_file import parse_model_config
 from patchmill.trainer.config.evaluate import TestConfig
 from patchmill.trainer.engine.world import World, autocast_dtype
@@ -36,7 +36,7 @@ class Tested(NamedTuple):
 @torch.no_grad()
 def classify(
     model: Classifier,
-    data: DataConfig,
+    data: ReadConfig,
     test: TestConfig,
     columns: list[list[int]] | None,
     num_classes: int,
@@ -77,7 +77,7 @@ def load_classifier(path: Path) -> tuple[Classifier, dict[str, Any]]:
 
 
 def evaluate_classifier(
-    path: Path, data: DataConfig, tests: list[TestConfig], precision: Any, world: World
+    path: Path, data: ReadConfig, tests: list[TestConfig], precision: Any, world: World
 ) -> list[Tested]:
     """Scores of a finished classifier on each test set; classes are matched by name or class map.
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from patchmill.pipeline.config import DataConfig
+from patchmill.pipeline.config import ReadConfig
 from patchmill.trainer.config.evaluate import KnnConfig, Pool
 from patchmill.trainer.engine.world import World, autocast_dtype
 from patchmill.trainer.evaluate.encoder_source import Subject
@@ -36,7 +36,7 @@ class FeatureTable(NamedTuple):
 @torch.no_grad()
 def make_table(
     encoder: Encoder,
-    data: DataConfig,
+    data: ReadConfig,
     path: str,
     crop_fraction: float,
     pool: Pool,

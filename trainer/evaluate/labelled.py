@@ -8,14 +8,14 @@ import dataclasses
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from patchmill.pipeline.batch import Batch
-from patchmill.pipeline.config import DataConfig, MaskConfig
+from patchmill.pipeline.config import DataConfig, EpochConfig, MaskConfig, ReadConfig
 from patchmill.pipeline.loader import Loader, build_loader
 from patchmill.pipeline.plan.order import EpochOrder, SequentialOrder
 from patchmill.pipeline.read.manifest import open_dataset
@@ -52,26 +52,19 @@ def open_labelled(path: str, option: str) -> Labelled:
 
 
 def training_loader(
-    data: DataConfig, model: ModelConfig, world: World, *, seed: int, global_batch: int, quarantine: Path
+    data: EpochConfig, model: ModelConfig, world: World, *, seed: int, global_batch: int, quarantine: Path
 ) -> Loader:
     """Shuffled, cropped and flipped batches as `data` says; the last batch of an epoch is dropped, as published.
 
     Raises:
-        ValueError: what the loader refuses, or repeats: augmentation beyond crops is drawn once for a sample and epoch.
+        ValueError: what the loader refuses.
     """
-    if data.repeats != 1:
-        raise ValueError(f"data.repeats is {data.repeats}; it is for pretraining, leave it at 1")
-    return _loader(
-        dataclasses.replace(data, quarantine_path=data.quarantine_path or str(quarantine)),
-        model,
-        world,
-        seed,
-        global_batch,
-    )
+    every = vars(data) | {"quarantine_path": data.quarantine_path or str(quarantine)}
+    return _loader(DataConfig(**every), model, world, seed, global_batch)
 
 
 def each_once(
-    data: DataConfig,
+    data: ReadConfig,
     path: str,
     crop_fraction: float,
     model: ModelConfig,
@@ -83,22 +76,15 @@ def each_once(
     """Every sample of a dataset once, centre-cropped: this rank's batches, and which rows count (bool [B]).
 
     Args:
-        data: reader, decoder and interpolation; its path and crops are not used.
+        data: how to read and decode; its path is not used, nor any option beyond `ReadConfig`.
         batch: images at a time over all ranks; rounded up to a multiple of their number.
         most: look at no more than so many samples (rounded up to whole batches), always the same random ones.
     """
     batch = -(-batch // world.size) * world.size
-    plain = dataclasses.replace(
-        data,
-        path=path,
-        shuffle="none" if most is None else "global",
-        crop="centre",
-        crop_fraction=crop_fraction,
-        flip=False,
-        colour_jitter=0.0,
-        quarantine_path="",
-        repeats=1,
-        last_batch="fill",
+    read = {each.name: getattr(data, each.name) for each in dataclasses.fields(ReadConfig)} | {"path": path}
+    shuffle: Literal["none", "global"] = "none" if most is None else "global"
+    plain = DataConfig(
+        **read, shuffle=shuffle, crop="centre", crop_fraction=crop_fraction, flip=False, last_batch="fill"
     )
     with _loader(plain, model, world, 0, batch) as loader:
         count = loader.num_samples

@@ -7,7 +7,7 @@ patch 4 or 2, are for a GPU. The probe uses the published optimizer with a batch
 import dataclasses
 from collections.abc import Callable
 
-from patchmill.pipeline.config import DataConfig
+from patchmill.pipeline.config import EpochConfig
 from patchmill.trainer.config.evaluate import FinetuneConfig, FitConfig, ProbeConfig, SubjectConfig, TestConfig
 from patchmill.trainer.config.model import ModelConfig
 from patchmill.trainer.config.pretrain import OptimConfig, PretrainConfig, TrainConfig
@@ -87,7 +87,7 @@ def probe_cifar_nano() -> ProbeConfig:
 def finetune_cifar() -> FinetuneConfig:
     """Fine-tuning with batch 1024, 100 epochs; larger crops than at 224 px."""
     return FinetuneConfig(
-        data=DataConfig(scale=(0.4, 1.0)),
+        data=EpochConfig(scale=(0.4, 1.0)),
         test=TestConfig(crop_fraction=1.0),
         optim=OptimConfig(blr=1e-3, min_lr=1e-6, warmup_epochs=5, betas=(0.9, 0.999)),
     )
