@@ -117,20 +117,17 @@ class DataConfig(EpochConfig):
 
 @dataclass(frozen=True)
 class MaskConfig:
-    """How patches are masked.
-
-    Attributes:
-        kind: "random" (the paper's default), "block" (one or more rectangles, as BEiT), "grid" (keeps one of four) or
-            "square" (one square at a random place, as SimMIM's).
-        ratio: share of patches that are masked; K = int(L * (1 - ratio)). Grid masks ignore it: theirs is about 0.75.
-            The side of a square is the whole number nearest to it.
-        cell: patches on a side of the squares that are masked or kept as one, whatever the kind (SimMIM masks 32 px at
-            a time: 2 patches of 16). L above is then the number of cells.
-    """
+    """How patches are masked."""
 
     kind: MaskKind = "random"
+    """random (the paper's default), block (one or more rectangles, as BEiT), grid (keeps one of four) or square (one
+    square at a random place, as SimMIM)"""
     ratio: float = 0.75
+    """share of patches that are masked; K = int(L * (1 - ratio)). Grid masks ignore it: theirs is about 0.75.
+    The side of a square is rounded to the nearest whole number"""
     cell: int = 1
+    """patches on a side of the squares that are masked or kept together, for every kind (SimMIM masks 32 px at a time:
+    2 patches of 16). L above is then the number of cells"""
 
     def __post_init__(self) -> None:
         check_choices(self, "mask")

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from patchmill.pipeline.atomic import whole_file
-from patchmill.pipeline.config import DataConfig, MaskConfig
+from patchmill.pipeline.config import DataConfig, MaskConfig, ViewConfig
 from patchmill.pipeline.loader import Loader, build_loader
 from patchmill.tools import cli
 from patchmill.tools.console.options import parse, require_data
