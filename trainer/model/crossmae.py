@@ -15,9 +15,8 @@ from torch import Tensor, nn
 
 from patchmill.pipeline.plan.masks import MaskPlan
 from patchmill.trainer.config.model import ModelConfig
-from patchmill.trainer.model.mae import MAEOutput
+from patchmill.trainer.model.mae import MAEOutput, with_loss
 from patchmill.trainer.model.targets import build_target
-from patchmill.trainer.model.uniformity import add_uniformity
 from patchmill.trainer.model.vit import LAYER_NORM_EPS, Mlp, VisionTransformer, attention, sincos_positions
 
 
@@ -79,9 +78,7 @@ class CrossMAE(VisionTransformer):
         self.check(images_BHWC, plan)
         latent_BND = self.encode(images_BHWC, plan.ids_keep)
         pred_BMT = self.decode(latent_BND, plan)
-        loss = self.target(pred_BMT, images_BHWC, plan.ids_mask)
-        loss, uniformity = add_uniformity(loss, latent_BND[:, 0], self.norm, self.config)
-        return MAEOutput(loss, pred_BMT, latent_BND, uniformity)
+        return with_loss(self, latent_BND, pred_BMT, images_BHWC, plan)
 
     def decode(self, latent_BND: Tensor, plan: MaskPlan) -> Tensor:
         """Features [B, 1 + K, D] -> predicted values of the masked patches [B, M, T], in mask order."""

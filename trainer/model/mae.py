@@ -63,9 +63,7 @@ class MaskedAutoencoder(VisionTransformer):
         self.check(images_BHWC, plan)
         latent_BND = self.encode(images_BHWC, plan.ids_keep)
         pred_BMT = self.decode(latent_BND, plan)
-        loss = self.target(pred_BMT, images_BHWC, plan.ids_mask)
-        loss, uniformity = add_uniformity(loss, latent_BND[:, 0], self.norm, self.config)
-        return MAEOutput(loss, pred_BMT, latent_BND, uniformity)
+        return with_loss(self, latent_BND, pred_BMT, images_BHWC, plan)
 
     def decode(self, latent_BND: Tensor, plan: MaskPlan) -> Tensor:
         """Features [B, 1 + K, D] -> predicted values of the masked patches [B, M, T], in mask order."""
@@ -80,3 +78,12 @@ class MaskedAutoencoder(VisionTransformer):
             x_BNE = block(x_BNE)
         x_BME = self.decoder_blocks[-1](x_BNE, ids_mask_BM + 1)
         return self.decoder_pred(self.decoder_norm(x_BME))
+
+
+def with_loss(
+    model: VisionTransformer, latent_BND: Tensor, pred_BMT: Tensor, images_BHWC: Tensor, plan: MaskPlan
+) -> MAEOutput:
+    """Computes the loss of a prediction, with the uniformity term if the model has one: the end of every forward."""
+    loss = model.target(pred_BMT, images_BHWC, plan.ids_mask)
+    loss, uniformity = add_uniformity(loss, latent_BND[:, 0], model.norm, model.config)
+    return MAEOutput(loss, pred_BMT, latent_BND, uniformity)

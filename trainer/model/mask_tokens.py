@@ -19,9 +19,8 @@ from patchmill.kernels.gather import gather_patches, gather_tokens
 from patchmill.kernels.unshuffle import unshuffle
 from patchmill.pipeline.plan.masks import MaskPlan
 from patchmill.trainer.config.model import ModelConfig
-from patchmill.trainer.model.mae import MAEOutput, MaskedAutoencoder
+from patchmill.trainer.model.mae import MAEOutput, MaskedAutoencoder, with_loss
 from patchmill.trainer.model.targets import build_target
-from patchmill.trainer.model.uniformity import add_uniformity
 from patchmill.trainer.model.vit import VisionTransformer
 
 
@@ -37,9 +36,7 @@ class MaskTokenAutoencoder(MaskedAutoencoder):
         self.check(images_BHWC, plan)
         latent_BND = encode_with_mask_tokens(self, self.mask_token, images_BHWC, plan)
         pred_BMT = self.decode(latent_BND, plan)
-        loss = self.target(pred_BMT, images_BHWC, plan.ids_mask)
-        loss, uniformity = add_uniformity(loss, latent_BND[:, 0], self.norm, self.config)
-        return MAEOutput(loss, pred_BMT, latent_BND, uniformity)
+        return with_loss(self, latent_BND, pred_BMT, images_BHWC, plan)
 
     def decode(self, latent_BND: Tensor, plan: MaskPlan) -> Tensor:
         """Features [B, 1 + L, D] -> predicted values of the masked patches [B, M, T], in mask order."""
@@ -62,9 +59,7 @@ class SimMIM(VisionTransformer):
         self.check(images_BHWC, plan)
         latent_BND = encode_with_mask_tokens(self, self.mask_token, images_BHWC, plan)
         pred_BMT = self.decoder_pred(gather_tokens(latent_BND, plan.ids_mask, num_prefix=1))
-        loss = self.target(pred_BMT, images_BHWC, plan.ids_mask)
-        loss, uniformity = add_uniformity(loss, latent_BND[:, 0], self.norm, self.config)
-        return MAEOutput(loss, pred_BMT, latent_BND, uniformity)
+        return with_loss(self, latent_BND, pred_BMT, images_BHWC, plan)
 
 
 def encode_with_mask_tokens(
