@@ -25,9 +25,9 @@ def parse(
         text: opens --help instead of the docstring.
         default: values of the options that are not given.
     """
-    more = {} if default is None else {"default": default}
+    more: dict[str, Any] = {} if default is None else {"default": default}
     return tyro.cli(
-        tyro.conf.AvoidSubcommands[kind],  # type: ignore[valid-type]
+        tyro.conf.AvoidSubcommands[kind],  # type: ignore[valid-type, misc]
         prog=prog,
         description=text or inspect.getdoc(kind),
         args=argv,
