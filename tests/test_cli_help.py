@@ -1,6 +1,7 @@
 """`patchmill --help` and `patchmill COMMAND --help`: every command has an example."""
 
 import re
+import subprocess
 import sys
 
 import pytest
@@ -51,3 +52,24 @@ def test_a_command_shows_the_options_of_data_that_it_obeys_and_refuses_others(co
         cli.run(command, [*needed, "--data.repeats", "2"])
     assert ended.value.code == 2
     assert "Unrecognized options: --data.repeats" in capsys.readouterr().err
+
+
+def test_the_package_runs_as_a_module_like_the_script():
+    line = [sys.executable, "-m", "patchmill", "recipes", "mae-tiny"]
+    done = subprocess.run(line, capture_output=True, text=True, check=True)
+    assert "[model]" in done.stdout
+
+
+@pytest.mark.parametrize("words", [["recipes"], ["info", "--help"], ["shard", "--help"], ["launch", "--help"]])
+def test_commands_that_only_print_text_load_no_torch(words):
+    """It takes seconds to import."""
+    script = """
+import sys
+from patchmill.tools import cli
+try:
+    cli.run(sys.argv[1], sys.argv[2:])
+except SystemExit:
+    pass
+assert "torch" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", script, *words], stdout=subprocess.DEVNULL, check=True)
