@@ -112,7 +112,7 @@ def test_wrong_count(dataset, capsys):
     count = open_dataset(dataset).manifest.num_samples
     edit_manifest(dataset, num_samples=count + 1)
     lines = faults(dataset, capsys)
-    assert f"manifest.json: counts {count + 1} samples, its shards {count}" in lines
+    assert f"manifest.json: num_samples is {count + 1}, its shards add up to {count}" in lines
 
 
 def test_changed_table(dataset, capsys):
