@@ -50,7 +50,7 @@ def main(argv: list[str]) -> int:
     if args.sheet and (args.sheet.suffix.lower() != ".png" or args.sheet.is_dir()):
         raise ValueError(f"--sheet {args.sheet} must be a file that ends in .png")
     dataset = open_dataset(args.dataset)
-    show(overview(args.dataset, dataset), class_table(dataset, args.classes), size_table(dataset))
+    show(overview(args.dataset, dataset), "", class_table(dataset, args.classes), "", size_table(dataset))
     if args.sheet:
         args.sheet.parent.mkdir(parents=True, exist_ok=True)
         contact_sheet(dataset, args.images, args.seed).save(args.sheet, "PNG")
