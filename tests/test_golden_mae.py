@@ -4,39 +4,13 @@ tests/golden/*.safetensors hold what the published code computed in fp32 from th
 sums in another order differ by about a tenth of the tolerances (docs/numerics.md).
 """
 
-import json
-from pathlib import Path
-
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from patchmill.pipeline.plan.masks import MaskPlan
-from patchmill.trainer.config.model import ModelConfig
 from patchmill.trainer.config.pretrain import OptimConfig
 from patchmill.trainer.engine.optim import build_optimizer, is_decayed
-from patchmill.trainer.model.mae import MaskedAutoencoder
-
-GOLDEN = Path(__file__).parent / "golden"
-CASES = [(name, target) for name in ("mae_tiny_p16", "mae_tiny_p14") for target in ("pix", "norm_pix")]
-
-
-def load_case(name, target):
-    """A golden file's tensors, its settings and the model with its weights."""
-    tensors = load_file(GOLDEN / f"{name}.safetensors")
-    settings = json.loads((GOLDEN / f"{name}.json").read_text())
-    shape = {key: settings[key] for key in ("patch_size", "embed_dim", "depth", "num_heads")}
-    decoder = {key: settings[key] for key in ("decoder_embed_dim", "decoder_depth", "decoder_num_heads")}
-    model = MaskedAutoencoder(
-        ModelConfig(image_size=settings["img_size"], norm_pix_loss=target == "norm_pix", **shape, **decoder)
-    )
-    model.load_state_dict({k.removeprefix("state."): v for k, v in tensors.items() if k.startswith("state.")})
-    return tensors, settings, model
-
-
-def relative(value, reference):
-    """||value - reference|| / ||reference||."""
-    return ((value - reference).norm() / reference.norm()).item()
+from tests.support.golden import CASES, load_case, relative
 
 
 @pytest.mark.parametrize(("name", "target"), CASES)

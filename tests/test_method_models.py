@@ -6,7 +6,6 @@ from typing import Any
 import pytest
 import torch
 from test_model_compile import CONFIG
-from test_step_update import ALONE, CPU, no_host_sync
 from test_world_ranks import assert_close_runs, config_of
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -26,6 +25,7 @@ from patchmill.trainer.model.target_files import write_target
 from patchmill.trainer.model.vit import PatchEmbed
 from patchmill.trainer.pretrain import pretrain
 from patchmill.trainer.recipes.pretrain import get_recipe
+from tests.support.devices import ALONE, CPU, no_host_sync
 from tests.support.photos import make_dataset
 from tests.support.ranks import next_world, run_ranks
 

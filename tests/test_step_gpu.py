@@ -10,7 +10,6 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from test_golden_mae import CASES, load_case, relative
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks import steps
@@ -27,6 +26,7 @@ from patchmill.trainer.engine.step import Guard, set_learning_rate, update
 from patchmill.trainer.engine.world import World
 from patchmill.trainer.model.mae import MaskedAutoencoder
 from patchmill.trainer.model.vit import attention
+from tests.support.golden import CASES, load_case, relative
 
 pytestmark = pytest.mark.gpu
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic products; read when cuBLAS starts

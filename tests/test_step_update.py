@@ -1,13 +1,11 @@
 """One update: nothing waits for the device, what is not finite or spikes is left out, parts add up to the whole."""
 
-import contextlib
 import importlib.util
 import sys
 import types
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from patchmill.pipeline.batch import Batch
 from patchmill.pipeline.config import MaskConfig
@@ -17,12 +15,10 @@ from patchmill.trainer.config.pretrain import OptimConfig
 from patchmill.trainer.engine import step as step_module
 from patchmill.trainer.engine.optim import build_optimizer, find_apex
 from patchmill.trainer.engine.step import Guard, set_learning_rate, update
-from patchmill.trainer.engine.world import World
 from patchmill.trainer.metrics import Metrics, mask_token_norm
 from patchmill.trainer.model.mae import MAEOutput, MaskedAutoencoder
+from tests.support.devices import ALONE, CPU, no_host_sync
 
-CPU = torch.device("cpu")
-ALONE = World(0, 1, CPU)
 CONFIG = ModelConfig(
     image_size=32,
     patch_size=8,
@@ -63,31 +59,6 @@ def scaled_loss(model, factor):
         return MAEOutput(output.loss * factor, output.pred, output.latent)
 
     return forward
-
-
-class NoHostSync(TorchDispatchMode):
-    """Raises where a value leaves the device for the host."""
-
-    LEAVING = ("_local_scalar_dense", "is_nonzero", "nonzero", "equal", "item")
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.overloadpacket.__name__ in self.LEAVING:
-            raise AssertionError(f"{func} makes the host wait for the device")
-        return func(*args, **(kwargs or {}))
-
-
-@contextlib.contextmanager
-def no_host_sync(monkeypatch):
-    def leaves(name):
-        def fail(*args, **kwargs):
-            raise AssertionError(f"Tensor.{name} makes the host wait for the device")
-
-        return fail
-
-    with monkeypatch.context() as patch, NoHostSync():
-        for name in ("item", "tolist", "numpy", "cpu", "__bool__", "__float__", "__int__"):
-            patch.setattr(torch.Tensor, name, leaves(name))
-        yield
 
 
 def test_the_check_itself_sees_a_value_that_leaves(monkeypatch):

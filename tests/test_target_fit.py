@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from sklearn.cluster import KMeans
 from sklearn.decomposition import PCA
-from test_step_update import ALONE, CPU
 from test_world_ranks import config_of
 
 from patchmill.pipeline.batch import Batch
@@ -31,6 +30,7 @@ from patchmill.trainer.model.target_files import load_target, write_target
 from patchmill.trainer.model.target_fit import Covariance, first_codes, k_means, principal_components
 from patchmill.trainer.model.targets import PCATarget, target_patches
 from patchmill.trainer.pretrain import pretrain
+from tests.support.devices import ALONE, CPU
 from tests.support.photos import make_dataset
 from tests.support.small_models import TINY
 
