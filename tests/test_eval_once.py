@@ -115,7 +115,7 @@ def test_classes_are_matched_by_name_or_map(tmp_path):
         ('{"bird": "eagle", "canine": "dog"}', "'eagle'"),
         ('{"bird": "owl"}', "has nothing for class 'canine'"),
         ("[1]", "must be an object"),
-        ("{", "no JSON"),
+        ("{", "not JSON"),
     ):
         file.write_text(text)
         with pytest.raises(ValueError, match=message):

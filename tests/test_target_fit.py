@@ -287,7 +287,7 @@ def test_the_dvae_goes_through_safetensors_alone(tmp_path, capsys):
     assert all(torch.equal(tensors[name], t) for name, t in model.target.tokenizer.state_dict().items())
     torch.save(tensors["blocks.input.b"], tmp_path / "encoder.pkl")
     assert run_cli("dvae", "--weights", tmp_path / "encoder.pkl", "--out", tmp_path / "e.safetensors") == 2
-    assert "a pickle is never opened" in capsys.readouterr().err
+    assert "pickles are never opened" in capsys.readouterr().err
     save_file({"blocks.input.b": torch.zeros(256)}, tmp_path / "part.safetensors")
     assert run_cli("dvae", "--weights", tmp_path / "part.safetensors", "--out", tmp_path / "e.safetensors") == 2
     assert "does not hold DALL-E's encoder: 73 of 74 tensors are missing" in capsys.readouterr().err

@@ -19,7 +19,7 @@ from patchmill.trainer.evaluate.classify import Tested, evaluate_classifier
 from patchmill.trainer.evaluate.report import RESULTS, per_class, write_scores
 
 ORIGIN_UNKNOWN = {"protocol": "classifier", "start": "scratch", "seed": 0}
-"""of a classifier.safetensors without its results.json"""
+"""facts about a classifier.safetensors without its results.json"""
 
 
 @dataclass(frozen=True)
@@ -31,9 +31,9 @@ class TestReadConfig(ReadConfig):
 
 @dataclass(frozen=True)
 class EvaluateConfig:
-    """Classifies labelled datasets with what `patchmill finetune` or `probe` made: ImageNet-A, -R, -C, Sketch, ...
+    """Scores a classifier of `patchmill finetune` or `probe` on labelled datasets: ImageNet-A, -R, -C, Sketch, ...
 
-    Classes are matched by name, and only those of the test set compete; other names need a class map.
+    Classes match by name, and only those of the test set compete; other names need a class map.
 
     Example:
         patchmill evaluate --classifier runs/b16/finetune --tests imagenet-a/ imagenet-r/
@@ -45,9 +45,9 @@ class EvaluateConfig:
     tests: tuple[str, ...]
     """packed datasets with labels"""
     class_map: str = ""
-    """JSON file: class name there -> class name (or list of names) that the classifier knows"""
+    """JSON object from test class names to the classifier's class names (or lists of names)"""
     out: str = ""
-    """folder that gets on-NAME/results.json, confusion.json and .png for each dataset; unset: the classifier's"""
+    """folder for on-NAME/results.json, confusion.json and .png of each dataset; unset: the classifier's"""
     crop_fraction: float = 0.875
     """centre crop's share of the shorter side"""
     batch: int = 256

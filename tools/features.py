@@ -1,6 +1,6 @@
 """Writes an encoder's features of a dataset to a file, one row per sample, for probing, search and clustering.
 
-Every image is seen once, whole: centre crop, no flip, no mask, in the dataset's order.
+Each image is encoded once, unmasked, in the dataset's order; by default its centre crop without a flip.
 """
 
 import json

@@ -15,7 +15,7 @@ from patchmill.trainer.evaluate.report import Report
 from patchmill.trainer.recipes.evaluate import FINETUNE_RECIPES
 
 TEXT = """\
-Trains encoder and classifier on labelled shards, as published; or the last blocks only, or from random weights.
+Trains encoder and classifier on labelled shards, as published; or only the last blocks, or from random weights.
 
   patchmill finetune --recipe finetune-vit-b16 --subject.checkpoint runs/b16 --data.path train/ --test.path val/
   patchmill finetune --subject.checkpoint runs/b16 --partial 0 0.5 1 2 4 6 12 --data.path train/ --test.path val/
@@ -24,7 +24,7 @@ Trains encoder and classifier on labelled shards, as published; or the last bloc
 
 --recipe NAME ({names}; without one {default}) or --config FILE (config.toml of a run) gives the defaults below.
 --partial N ... fine-tunes the last N blocks for each N (Figure 9; 0.5: the MLP of the last one, 0: last norm and head).
-The same command again continues a run that was stopped. Results go to RUN/finetune (RUN/partial), or to --out.
+The same command continues a stopped run. Results go to RUN/finetune (RUN/partial), or to --out.
 """
 
 

@@ -24,11 +24,11 @@ PCA_IMAGES = 64
 
 @dataclass(frozen=True)
 class LookConfig:
-    """Draws what an encoder makes of whole images: patch features as colours (PCA), and attention of the class token.
+    """Draws what an encoder sees in whole images: patch features as colours (PCA), and attention of the class token.
 
-    features: the first three principal components of patch features as red, green and blue, after taking out what all
-    images have in common at a place.
-    attention: for each head of a block how much the class token takes from each patch, each map up to its own maximum.
+    features: the first three principal components of patch features as red, green and blue, after subtracting the mean
+    over images at each position.
+    attention: for each head of a block, attention of the class token to each patch, scaled to each map's maximum.
 
     Example:
         patchmill look --checkpoint runs/b16 --data.path shards/ --out look.png
@@ -38,18 +38,18 @@ class LookConfig:
     checkpoint: str
     """run folder (newest checkpoint), or a file or folder of any format that `patchmill import` reads"""
     out: str
-    """the PNG to write"""
+    """PNG to write"""
     data: DataConfig = field(
         default_factory=lambda: DataConfig(crop="centre", crop_fraction=1.0, flip=False, last_batch="fill")
     )
     show: tuple[Map, ...] = ("features", "attention")
-    """what stands beside the images"""
+    """maps to draw next to the images"""
     block: int = -1
-    """whose attention, from 0; -1 is the last block"""
+    """block whose attention to draw, from 0; -1 is the last"""
     images: int = 8
     """how many images"""
     image_size: int | tuple[int, int] | None = None
-    """pixels, when not those of the training: a larger one gives finer maps (positions are interpolated)"""
+    """pixels, if not the training's: more give finer maps (positions are interpolated)"""
     seed: int = 0
     """of the choice of images"""
     device: Literal["auto", "cpu", "cuda"] = "auto"

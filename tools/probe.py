@@ -19,7 +19,7 @@ Trains a linear classifier on frozen features, as published (class token, BatchN
   torchrun --nproc-per-node 8 -m patchmill probe --subject.checkpoint runs/b16 --data.path train/ --test.path val/
 
 --recipe NAME ({names}; without one {default}) or --config FILE (config.toml of a run) gives the defaults below.
-The same command again continues a run that was stopped. Results go to RUN/probe, or to --out.
+The same command continues a stopped run. Results go to RUN/probe, or to --out.
 """
 
 

@@ -20,7 +20,7 @@ from patchmill.trainer.model.vit import VisionTransformer
 
 @dataclass(frozen=True)
 class ReconstructConfig:
-    """Draws what a checkpoint makes of masked images: masked | reconstruction | original, in rows.
+    """Draws how a checkpoint fills in masked images: masked | reconstruction | original, in rows.
 
     --masks draws the same images under several masks: ratios (He et al. 2021, Figure 4), kinds (Figure 6), or both.
 
@@ -33,15 +33,15 @@ class ReconstructConfig:
     checkpoint: str
     """run folder (newest checkpoint), checkpoints/step-XXXXXXXX, or a model.safetensors"""
     out: str
-    """the PNG to write"""
+    """PNG to write"""
     data: DataConfig = field(default_factory=lambda: DataConfig(last_batch="fill"))
     mask: MaskConfig = field(default_factory=MaskConfig)
     masks: tuple[str, ...] = ()
-    """several masks: a ratio, a kind, or kind:ratio; what one leaves out is that of --mask"""
+    """several masks: each a ratio, a kind, or kind:ratio; --mask gives what one leaves out"""
     images: int | None = None
     """how many images; unset: 16, or 8 under several masks"""
     across: int | None = None
-    """how many of them side by side; unset: 2, or 1 under several masks"""
+    """how many images side by side; unset: 2, or 1 under several masks"""
     seed: int = 0
     """of the choice of images, crops and masks"""
     device: Literal["auto", "cpu", "cuda"] = "auto"

@@ -21,7 +21,7 @@ from patchmill.trainer.draw.charts import write_sweep
 from patchmill.trainer.evaluate.report import RESULTS
 
 ORDER = ("knn", "probe", "finetune")
-"""protocols that come first, in this order; partial fine-tuning follows by number of blocks"""
+"""the first columns; partial fine-tuning follows by number of blocks"""
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class ResultsConfig:
     out: str = ""
     """Markdown file to write; unset: print"""
     figure: str = ""
-    """PNG of partial fine-tuning, a line for each row; unset: none"""
+    """PNG of partial fine-tuning to draw, a line for each row; unset: none"""
 
 
 def main(argv: list[str]) -> int:
@@ -74,7 +74,7 @@ class Found(NamedTuple):
 
 
 def gather(folder: Path) -> dict[str, dict[str, list[float]]]:
-    """row -> column -> top-1 of each seed, in the order of paths.
+    """Top-1 of each seed by row and column, in the order of paths.
 
     A column is a protocol. Its title adds the test data where there are several, and the folder where a seed occurs
     twice.

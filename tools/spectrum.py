@@ -26,8 +26,8 @@ from patchmill.trainer.evaluate.spectrum import Spectrum, take_spectrum
 class SpectrumConfig:
     """Compares how far the features of checkpoints spread: singular values and effective rank.
 
-    Features that use few directions have collapsed: their curve falls early and their effective rank is small. Every
-    image is seen once, whole: centre crop, no flip, no mask.
+    Features that use few directions have collapsed: their curve falls early and their effective rank is small. Each
+    image is encoded once: centre crop, no flip, no mask.
 
     Example:
         patchmill spectrum --checkpoints runs/mae runs/umae --data.path test/ --out spectrum.png
@@ -36,18 +36,18 @@ class SpectrumConfig:
     checkpoints: tuple[str, ...]
     """run folders (newest checkpoint), or files or folders of any format that `patchmill import` reads"""
     out: str
-    """the PNG to write; the numbers go beside it as .json"""
+    """PNG to write; the numbers go to a .json of the same name"""
     data: ReadConfig = field(default_factory=ReadConfig)
     names: tuple[str, ...] = ()
-    """what the picture calls them; those of one name (seeds) get one colour; unset: as they were given"""
+    """their names in the picture; equal names (seeds) share a colour; unset: the checkpoints as given"""
     pool: Pool = "cls"
     """feature: the class token, or the mean of the patches"""
     crop_fraction: float = 0.875
-    """of the centre crop; 1 for images that have their size already"""
+    """centre crop's share of the shorter side; 1 for images that already have the model's size"""
     max_images: int = 50_000
-    """at most so many images, always the same random ones"""
+    """most images to encode, always the same random ones"""
     image_size: int | tuple[int, int] | None = None
-    """pixels, when not those of the training: positions are interpolated as published"""
+    """pixels, if not the training's: positions are interpolated as published"""
     batch_size: int = 64
     """images at a time"""
     device: Literal["auto", "cpu", "cuda"] = "auto"

@@ -37,7 +37,7 @@ BATCH = 64
 
 @dataclass(frozen=True)
 class TargetConfig:
-    """Makes the file that `patchmill pretrain --target-path` takes: what a model is to predict instead of pixels.
+    """Makes the file that `patchmill pretrain --target-path` takes: a target to predict instead of pixels.
 
     pca fits principal components to all patches of some images, kmeans fits codes to some patches of them; both see the
     crops that training sees. dvae checks a safetensors file with the tensors of DALL-E's encoder (docs/methods.md says
@@ -56,13 +56,13 @@ class TargetConfig:
     data: DataConfig = field(default_factory=lambda: DataConfig(last_batch="fill"))
     model: ModelConfig = field(default_factory=ModelConfig)
     width: int = 0
-    """coefficients or codes; 0: as the recipe has it, else 96 and 8192"""
+    """coefficients or codes; 0: the recipe's, else 96 and 8192"""
     images: int = 10_000
-    """images that are looked at (fewer where an epoch has fewer)"""
+    """images to fit to (fewer where an epoch has fewer)"""
     patches: int = 262_144
-    """of kmeans: patches that codes are fitted to, equally many from each image"""
+    """of kmeans: patches to fit codes to, equally many from each image"""
     rounds: int = 30
-    """of kmeans: at most so many rounds of Lloyd's algorithm"""
+    """of kmeans: most rounds of Lloyd's algorithm"""
     weights: str = ""
     """of dvae: safetensors file with the encoder's tensors under their published names"""
     seed: int = 0
@@ -73,6 +73,8 @@ class TargetConfig:
         for name in ("images", "patches", "rounds"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name} is {getattr(self, name)}; it must be at least 1")
+        if self.kind != "dvae" and self.weights:
+            raise ValueError(f"--weights is for dvae; {self.kind} is fitted to --data.path, leave --weights out")
 
 
 def main(argv: list[str]) -> int:

@@ -1,4 +1,4 @@
-"""recipe -> [eval_config] -> knn, probe, finetune, evaluate: everything that an evaluation is, in frozen dataclasses.
+"""Defines every option of an evaluation in frozen dataclasses.
 
 Defaults are those of the published `main_linprobe.py` and `main_finetune.py` (He et al. 2021, Tables 9 and 10). Names
 carry their unit; an unset option is an absent key.
@@ -16,16 +16,16 @@ Pool = Literal["cls", "mean"]
 
 @dataclass(frozen=True)
 class SubjectConfig:
-    """Which encoder is looked at."""
+    """Which encoder to evaluate."""
 
     checkpoint: str = ""
     """run folder (newest checkpoint), or a file or folder of any format that `patchmill import` reads"""
     random_init: bool = False
-    """random weights in the checkpoint's shape: the floor that pretraining must beat"""
+    """use random weights in the checkpoint's shape: the floor that pretraining must beat"""
     model: ModelConfig | None = None
-    """shape of an encoder that starts from random weights; used without a checkpoint"""
+    """shape of an encoder with random weights, instead of a checkpoint"""
     image_size: int | tuple[int, int] | None = None
-    """pixels, when not those of the pretraining: positions are interpolated as published"""
+    """pixels, if not the pretraining's: positions are interpolated as published"""
 
     def __post_init__(self) -> None:
         if self.checkpoint and self.model is not None:
@@ -39,16 +39,16 @@ class SubjectConfig:
 
 @dataclass(frozen=True)
 class TestConfig:
-    """What is classified in the end: every sample once, centre crop, no flip."""
+    """The test data: every sample counts once, centre crop, no flip."""
 
     __test__ = False  # pytest would collect a class of this name
 
     path: str = ""
     """folder of a packed dataset with labels"""
     class_map: str = ""
-    """JSON file: class name here -> class name (or list of names) of the training data; unset: names must be equal"""
+    """JSON object from test class names to training class names (or lists of names); unset: names must be equal"""
     crop_fraction: float = 0.875
-    """centre crop's share of the shorter side (224 of 256); 1 for images that have their size already"""
+    """centre crop's share of the shorter side (224 of 256); 1 for images that already have the model's size"""
     batch: int = 256
     """images at a time, over all ranks"""
 
@@ -60,7 +60,7 @@ class TestConfig:
 
 @dataclass(frozen=True)
 class FitConfig:
-    """How long, how large, how precise, and what is kept."""
+    """Length, batch, precision and saving of a training."""
 
     global_batch: int = 1024
     """images per update, over all ranks and accumulation steps"""
@@ -73,9 +73,9 @@ class FitConfig:
     deterministic: bool = False
     """bit-identical runs on a GPU too (slower there; a CPU run always is)"""
     test_every_epochs: int = 1
-    """how often the test data are classified; the last epoch's are always"""
+    """how often to classify the test data; always after the last epoch"""
     save_every_steps: int = 500
-    """how often the state is written, beside the end of each epoch"""
+    """how often to write the state, besides at the end of each epoch"""
 
     def __post_init__(self) -> None:
         for name in ("global_batch", "accum_steps", "epochs", "test_every_epochs", "save_every_steps"):
@@ -84,7 +84,7 @@ class FitConfig:
 
 @dataclass(frozen=True)
 class AugmentConfig:
-    """What is done to training images beyond crop and flip, and to their labels (Table 9; DeiT's random erasing)."""
+    """Augmentation beyond crop and flip, and of labels (Table 9; DeiT's random erasing)."""
 
     ops: int = 2
     """RandAugment operations per image; 0 for none"""
@@ -93,13 +93,13 @@ class AugmentConfig:
     magnitude_std: float = 0.5
     """standard deviation of the magnitude"""
     erase: float = 0.25
-    """probability that a rectangle is replaced by noise"""
+    """probability of replacing a rectangle with noise"""
     mixup: float = 0.8
     """alpha of mixup's Beta distribution; 0 for none"""
     cutmix: float = 1.0
     """alpha of cutmix's Beta distribution; 0 for none"""
     smoothing: float = 0.1
-    """of labels: probability spread evenly over all classes"""
+    """label smoothing: probability spread evenly over all classes"""
 
     def __post_init__(self) -> None:
         if self.ops < 0 or min(self.mixup, self.cutmix, self.magnitude_std) < 0 or not 0 <= self.magnitude <= 10:
@@ -118,18 +118,18 @@ class KnnConfig:
 
     subject: SubjectConfig = field(default_factory=SubjectConfig)
     out: str = ""
-    """folder for results; unset: beside the checkpoint"""
+    """folder for results; unset: knn/ in the checkpoint's run, or next to its file"""
     data: ReadConfig = field(default_factory=ReadConfig)
     test: TestConfig = field(default_factory=TestConfig)
     pool: Pool = "cls"
     """feature: the class token, or the mean of the patches"""
     neighbours: tuple[int, ...] = (10, 20, 100, 200)
-    """how many are asked; the first is reported, all are written"""
+    """numbers of neighbours to vote; the first is reported, all are written"""
     temperature: float = 0.07
-    """a neighbour's vote weighs exp(cosine / temperature)"""
+    """a neighbour votes with weight exp(cosine / temperature)"""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     seed: int = 0
-    """of random weights"""
+    """of random weights (--subject.random-init)"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
 
     def __post_init__(self) -> None:
@@ -147,19 +147,19 @@ class ProbeConfig:
 
     subject: SubjectConfig = field(default_factory=SubjectConfig)
     out: str = ""
-    """folder of the run; unset: beside the checkpoint"""
+    """folder of the run; unset: probe/ in the checkpoint's run, or next to its file"""
     data: EpochConfig = field(default_factory=lambda: EpochConfig(crop_rule="tf", scale=(0.08, 1.0)))
     test: TestConfig = field(default_factory=TestConfig)
     pool: Pool = "cls"
     """feature: the class token (published), or the mean of the patches"""
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(blr=0.1, warmup_epochs=10, weight_decay=0.0))
-    """of LARS with momentum 0.9; betas are not used"""
+    """of LARS with momentum 0.9; betas are refused"""
     fit: FitConfig = field(default_factory=lambda: FitConfig(global_batch=16384, epochs=90))
     seed: int = 0
     """of head, order, crops and flips"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     resume: Literal["auto", "never"] = "auto"
-    """auto: go on with what lies in the run folder"""
+    """auto continues a run that the folder holds; never refuses it"""
 
     def __post_init__(self) -> None:
         _check_optim(self.optim)
@@ -177,19 +177,19 @@ class FinetuneConfig:
 
     subject: SubjectConfig = field(default_factory=SubjectConfig)
     out: str = ""
-    """folder of the run; unset: beside the checkpoint"""
+    """folder of the run; unset: finetune/ in the checkpoint's run, or next to its file"""
     data: EpochConfig = field(default_factory=lambda: EpochConfig(scale=(0.08, 1.0)))
     test: TestConfig = field(default_factory=TestConfig)
     pool: Pool = "mean"
     """classify the mean of the patches (published code), or the class token (the paper)"""
     tuned_blocks: float | None = None
-    """how many of the last blocks learn; 0.5 is the last block's MLP, 0 the last norm and head; unset: everything"""
+    """number of last blocks that learn; 0.5 is the last block's MLP, 0 only last norm and head; unset: everything"""
     layer_decay: float = 0.75
-    """factor of the learning rate from each layer to the one below"""
+    """factor of the learning rate from each layer to the one before it"""
     drop_path: float = 0.1
-    """probability that the last block is skipped; falls linearly to 0 at the first"""
+    """probability of skipping the last block's branches; falls linearly to 0 at the first block"""
     average: float | None = None
-    """decay of a moving average of the weights, which is then what is tested; unset: none"""
+    """decay of a moving average of the weights, which is then tested and saved; unset: none"""
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     optim: OptimConfig = field(
         default_factory=lambda: OptimConfig(blr=5e-4, min_lr=1e-6, warmup_epochs=5, betas=(0.9, 0.999))
@@ -199,7 +199,7 @@ class FinetuneConfig:
     """of head, order, crops, flips and every other draw"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     resume: Literal["auto", "never"] = "auto"
-    """auto: go on with what lies in the run folder"""
+    """auto continues a run that the folder holds; never refuses it"""
 
     def __post_init__(self) -> None:
         _check_optim(self.optim)

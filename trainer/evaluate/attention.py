@@ -1,7 +1,6 @@
-"""encoder, images -> [looking] -> maps: where the class token looks, and what the patches' features tell apart.
+"""Draws maps of an encoder: attention of the class token, and patch features as colours.
 
-The model trains with fused attention that never writes its weights down; here they are computed again, explicitly, from
-what a block was given, so that training pays nothing for being looked at.
+Fused attention never stores its weights. They are computed again here from the block's input, at no cost to training.
 
 Shapes: B images, N tokens, L patches (h rows, w columns), D width, H heads, d = D / H.
 """
@@ -23,7 +22,7 @@ def attention_weights(encoder: Encoder, images_BHWC: Tensor, block: int = -1) ->
 
     Args:
         images_BHWC: uint8, whole images.
-        block: which one, from 0; -1 is the last.
+        block: index from 0; -1 is the last.
     Raises:
         ValueError: the encoder has no such block.
     """
@@ -42,19 +41,20 @@ def attention_weights(encoder: Encoder, images_BHWC: Tensor, block: int = -1) ->
 
 
 def class_attention(encoder: Encoder, images_BHWC: Tensor, block: int = -1) -> Tensor:
-    """How much each head's class token takes from each patch, fp32 [B, H, h, w]; what it takes from itself is left out,
-    so that a map sums to less than 1. Arguments and errors as of `attention_weights`."""
+    """Attention of each head's class token to each patch, fp32 [B, H, h, w]. Arguments and errors: `attention_weights`.
+
+    Attention to itself is left out, so a map sums to less than 1.
+    """
     return attention_weights(encoder, images_BHWC, block)[:, :, 0, 1:].unflatten(-1, encoder.config.grid_hw)
 
 
 def feature_colours(patches_BLD: Tensor, grid_hw: tuple[int, int]) -> Tensor:
     """The first three principal components of patch features as red, green and blue: uint8 [B, h, w, 3].
 
-    What all images have in common at a place is taken out first (their mean there): features of a masked autoencoder
-    know where they stand, and colours would show little else. So there should be some dozens of images. The components
-    are those of all patches together: like colours mean like features across images. Each is stretched between its 1st
-    and 99th percentile; its sign is that which makes its largest weight positive, so that the same features give the
-    same colours.
+    The mean over images at each position is subtracted first: features of a masked autoencoder encode position, and
+    colours would show little else. Give some dozens of images. The components are fitted to all patches together, so
+    equal colours mean similar features across images. Each is stretched between its 1st and 99th percentile, with the
+    sign that makes its largest weight positive: the same features give the same colours.
     """
     patches = patches_BLD.double().cpu()
     centred = (patches - patches.mean(0)).flatten(0, 1)

@@ -1,11 +1,10 @@
-"""batch -> [augment] -> classifier: RandAugment and random erasing on whole batches, wherever the images lie.
+"""Augments whole batches on their device: RandAugment and random erasing.
 
-RandAugment (Cubuk et al. 2020) in the variant that the published fine-tuning names `rand-m9-mstd0.5-inc1`: two of
-fifteen operations per image, each applied with probability one half, with magnitudes that all grow with the level. The
-operations are kornia's; which one an image gets, how strongly, and what is erased is a function of (seed, epoch,
-sample).
+RandAugment (Cubuk et al. 2020) is the variant that the published fine-tuning calls `rand-m9-mstd0.5-inc1`: two of
+fifteen operations per image, each applied with probability one half, all stronger with a higher level. The operations
+are kornia's. Which operation an image gets, how strong, and what is erased is a function of (seed, epoch, sample).
 
-Shapes: B images, n the images that an operation is for, C H W channels and pixels.
+Shapes: B images, n images that share an operation, C H W channels and pixels.
 """
 
 import importlib.util
@@ -44,21 +43,21 @@ ERASE_TRIES = 10
 
 
 def check_kornia(config: AugmentConfig, channels: int) -> None:
-    """Raises ValueError when RandAugment is asked for and cannot be served."""
+    """Raises ValueError when RandAugment is on and cannot run."""
     if config.ops and importlib.util.find_spec("kornia") is None:
         raise ValueError("augment.ops needs kornia: pip install 'patchmill[eval]', or --augment.ops 0 for none")
     if config.ops and channels != 3:
-        raise ValueError(f"RandAugment is for 3 channels and the model has {channels}: --augment.ops 0")
+        raise ValueError(f"RandAugment needs 3 channels and the model has {channels}: give --augment.ops 0")
 
 
 def rand_augment(
     images_BCHW: Tensor, sample_ids_B: NDArray, fill: Sequence[float], config: AugmentConfig, *, seed: int, epoch: int
 ) -> Tensor:
-    """Images in 0..1 units, fp32 [B, C, H, W], each after `config.ops` operations; the argument is not changed.
+    """Applies `config.ops` operations to each image, fp32 [B, C, H, W] in 0..1 units; returns new images.
 
     Args:
-        sample_ids_B: int64, on the host, so that nothing waits for the device.
-        fill: what comes in from beyond the border, a value per channel.
+        sample_ids_B: int64, on the host, to avoid waiting for the device.
+        fill: value per channel for pixels from beyond the border.
     """
     images_BCHW = images_BCHW.clone()
     for layer in range(config.ops):
@@ -93,7 +92,7 @@ def draw_operations(
 
 
 def _warp(images_nCHW: Tensor, name: str, amount_n: Tensor, fill: Sequence[float]) -> Tensor:
-    """Rotation to 30 degrees, shear to 0.3, shift to 0.45 of the side, about the centre, bicubic."""
+    """Rotates (up to 30 degrees), shears (0.3) or shifts (0.45 of the side) about the centre, bicubic."""
     from kornia.geometry.transform import warp_affine
 
     height, width = images_nCHW.shape[2:]
@@ -126,7 +125,7 @@ def _warp(images_nCHW: Tensor, name: str, amount_n: Tensor, fill: Sequence[float
 
 
 def _tone(name: str, level_n: Tensor, sign_n: Tensor) -> Callable[[Tensor], Tensor]:
-    """A tonal operation at a level per image; on 8-bit images these are Pillow's, to within one step."""
+    """A tonal operation with one level per image; equal to Pillow's on 8-bit images, to within one grey level."""
     from kornia import enhance
 
     factor_n = (1 + 0.9 * level_n * sign_n).clamp_min(0.1)
@@ -146,7 +145,7 @@ def _tone(name: str, level_n: Tensor, sign_n: Tensor) -> Callable[[Tensor], Tens
 
 
 def random_erase(images_BCHW: Tensor, sample_ids_B: NDArray, probability: float, *, seed: int, epoch: int) -> Tensor:
-    """Replaces a rectangle of some images by standard normal noise, in place (Zhong et al. 2017, mode "pixel").
+    """Replaces a rectangle in some images with standard normal noise, in place (Zhong et al. 2017, mode "pixel").
 
     Args:
         images_BCHW: normalised, fp32.
@@ -170,9 +169,9 @@ def random_erase(images_BCHW: Tensor, sample_ids_B: NDArray, probability: float,
 def draw_boxes(
     sample_ids_B: NDArray, size_hw: Sequence[int], probability: float, *, seed: int, epoch: int
 ) -> NDArray[np.int64]:
-    """top, left, height, width of what is erased; int64 [B, 4], zeros for images that stay whole.
+    """Draws the boxes to erase: top, left, height, width; int64 [B, 4], zeros for images that stay whole.
 
-    A share of 2 % to 33 % of the area with an aspect of 0.3 to 3.3; the first of ten tries that fits.
+    A box covers 2 % to 33 % of the area, with an aspect ratio of 0.3 to 3.3; the first of ten tries that fits.
     """
     height, width = size_hw
     blocks_T = ERASE_BLOCK + 1 + np.arange(ERASE_TRIES)
@@ -193,7 +192,7 @@ def draw_boxes(
 
 
 def _noise(sample_ids_n: Tensor, shape: Sequence[int], seed: int, epoch: int) -> Tensor:
-    """Standard normal numbers fp32 [n, *shape]: Philox words by sample and position, Box-Muller in pairs."""
+    """Draws standard normal numbers, fp32 [n, *shape]: Philox words by sample and position, Box-Muller in pairs."""
     count = math.prod(shape)
     position = torch.arange(-(-count // 4), device=sample_ids_n.device)
     block, pass_number = (torch.full_like(position, v) for v in (NOISE_BLOCK | STREAM_COLOUR << 24, epoch))

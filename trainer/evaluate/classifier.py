@@ -1,7 +1,7 @@
-"""encoder -> [classifier] -> logits: the encoder with a head on top, for probing and fine-tuning.
+"""Puts a linear head on an encoder, for probing and fine-tuning.
 
-Names are those of the published `models_vit.py`: with the mean of the patches `fc_norm` stands in for `norm`; the
-linear probe's head is `head.0` (BatchNorm without affine) and `head.1`.
+Parameter names are those of the published `models_vit.py`: mean pooling has `fc_norm` instead of `norm`; the linear
+probe's head is `head.0` (BatchNorm without affine) and `head.1`.
 
 Shapes: B images, L patches, N = 1 + L tokens, D width, A classes.
 """
@@ -25,7 +25,7 @@ Head = Literal["linear", "probe"]
 
 
 class Classifier(EncoderBody):
-    """An encoder, a pooling rule and a linear head; nothing is masked."""
+    """An encoder, a pooling rule and a linear head, applied to whole images."""
 
     def __init__(self, encoder: Encoder, num_classes: int, pool: Pool, head: Head) -> None:
         super().__init__()
@@ -58,7 +58,7 @@ class Classifier(EncoderBody):
         return self.head(self.features(images_BCHW, path_scales_SB).float())
 
     def features(self, images_BCHW: Tensor, path_scales_SB: Tensor | None = None) -> Tensor:
-        """What the head sees: [B, D]."""
+        """The head's input: [B, D]."""
         x_BND = self.run_blocks(self.embed_images(images_BCHW), path_scales_SB)
         if hasattr(self, "fc_norm"):
             return self.fc_norm(x_BND[:, 1:].mean(1))
@@ -66,16 +66,16 @@ class Classifier(EncoderBody):
         return x_BND[:, 0] if self.pool == "cls" else x_BND[:, 1:].mean(1)
 
     def normalise(self, images_BCHW: Tensor) -> Tensor:
-        """Images in 0..1 units, floating [B, C, H, W] -> (value - mean) / std."""
+        """Normalises floating images [B, C, H, W] in 0..1 units: (value - mean) / std."""
         return (images_BCHW - self.mean) / self.std
 
     def tune(self, blocks: float | None) -> None:
         """Lets the last `blocks` blocks learn (Figure 9), or everything when None.
 
-        0.5 is the MLP half of the last block, 0 neither. The last norm and the head always learn.
+        0.5 is the MLP half of the last block, 0 is no block. The last norm and the head always learn.
 
         Raises:
-            ValueError: more blocks than there are.
+            ValueError: the encoder has fewer blocks.
         """
         depth = len(self.blocks)
         if blocks is not None and blocks > depth:
@@ -94,16 +94,17 @@ class Classifier(EncoderBody):
 
 
 class RankBatchNorm(nn.BatchNorm1d):
-    """BatchNorm without affine whose statistics are of the whole batch, over all ranks.
+    """BatchNorm without affine, with the statistics of the whole batch over all ranks.
 
-    No gradient goes through it: what stands before it is frozen. (The published probe takes each GPU's statistics.)
+    No gradient passes through it, because everything before it is frozen. (The published probe uses each GPU's own
+    statistics.)
     """
 
     def __init__(self, dim: int) -> None:
         super().__init__(dim, eps=1e-6, affine=False)
 
     def forward(self, x_BD: Tensor) -> Tensor:
-        """fp32 [B, D] -> [B, D]."""
+        """Normalises fp32 features [B, D]."""
         if not self.training or not dist.is_initialized():
             return super().forward(x_BD)
         assert self.running_mean is not None

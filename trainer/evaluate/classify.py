@@ -1,7 +1,7 @@
-"""a model, labelled data -> [evaluate] -> accuracy: one pass over test data, and what pretraining asks on its way.
+"""Scores a classifier on labelled data in one pass.
 
-`classify` is the test of probing and fine-tuning, `evaluate_classifier` that of a finished one on any labelled shards
-(ImageNet-A, -R, -C, Sketch, ...), `OnlineEvaluation` kNN and a linear probe while pretraining goes on.
+`classify` is the test of probing and fine-tuning; `evaluate_classifier` scores a finished classifier on any labelled
+dataset (ImageNet-A, -R, -C, Sketch, ...).
 """
 
 from collections.abc import Callable
@@ -24,7 +24,7 @@ from patchmill.trainer.model.encoder import Encoder
 
 
 class Tested(NamedTuple):
-    """A finished classifier on a dataset."""
+    """Scores of a finished classifier on one dataset."""
 
     path: str
     classes: list[str]
@@ -44,12 +44,12 @@ def classify(
     autocast: torch.dtype | None,
     call: Callable[[Tensor], Tensor] | None = None,
 ) -> Scores:
-    """Every test image once, centre-cropped.
+    """Scores every test image once, centre-cropped.
 
     Args:
-        columns: as `class_columns` gives them.
+        columns: from `class_columns`.
         num_classes: of the test data.
-        call: what maps normalised images to logits, when not the model itself.
+        call: maps normalised images to logits; unset: the model itself.
     """
     scorer = Scorer(num_classes, world.device)
     for batch, counts_B in each_once(data, test.path, test.crop_fraction, model.config, world, test.batch):
@@ -61,10 +61,10 @@ def classify(
 
 
 def load_classifier(path: Path) -> tuple[Classifier, dict[str, Any]]:
-    """A finished classifier in eval mode on the CPU, and its header: classes, pool, head, model, protocol.
+    """Loads a finished classifier in eval mode on the CPU, with its header: classes, pool, head, model, protocol.
 
     Raises:
-        ValueError: it is not there or not whole.
+        ValueError: the file is missing or damaged.
     """
     tensors, about = read_classifier(path)
     encoder = Encoder(build_model(parse_model_config(about["model"], path)))
@@ -72,14 +72,14 @@ def load_classifier(path: Path) -> tuple[Classifier, dict[str, Any]]:
     try:
         model.load_state_dict(tensors)
     except RuntimeError as error:
-        raise ValueError(f"{path} does not fit its own header: {error}; give another") from error
+        raise ValueError(f"the tensors of {path} do not match its header: {error}; give another file") from error
     return model.eval(), about
 
 
 def evaluate_classifier(
     path: Path, data: ReadConfig, tests: list[TestConfig], precision: Any, world: World
 ) -> list[Tested]:
-    """Scores of a finished classifier on each test set; classes are matched by name or class map.
+    """Scores a finished classifier on each test set; classes match by name or class map.
 
     Raises:
         ValueError: a classifier or dataset that cannot be used.

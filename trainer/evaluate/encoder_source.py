@@ -1,4 +1,4 @@
-"""checkpoint of any origin -> [subject] -> probe, finetune, knn: the encoder that is looked at, and its origin."""
+"""Opens the encoder to evaluate, from a checkpoint of any known format or from random weights."""
 
 import tomllib
 from pathlib import Path
@@ -22,15 +22,15 @@ class Subject(NamedTuple):
     start: Start
     """pretrained; random weights in a checkpoint's shape; or random weights of a given shape"""
     file: Path | None
-    """where shape and perhaps weights were read"""
+    """source of the shape, and of the weights unless they are random"""
 
     @property
     def name(self) -> str:
-        """The file, wherever the command is run; "none" from scratch."""
+        """The file's absolute path; "none" from scratch."""
         return "none" if self.file is None else str(self.file.resolve())
 
     def origin(self) -> dict[str, Any]:
-        """For results: the file, and what config.toml of its run says of the pretraining, where there is one."""
+        """For results.json: the file, and facts about the pretraining from its run's config.toml, if there is one."""
         if self.file is None:
             return {"start": self.start}
         found: dict[str, Any] = {"start": self.start, "checkpoint": str(self.file)}
@@ -43,10 +43,10 @@ class Subject(NamedTuple):
 
 
 def open_subject(config: SubjectConfig, seed: int) -> Subject:
-    """Reads the encoder, or makes one of random weights from `seed`; it is on the CPU.
+    """Reads the encoder, or makes one with random weights from `seed`, on the CPU.
 
     Raises:
-        ValueError: nothing to look at, or a checkpoint that cannot be read.
+        ValueError: no checkpoint is given, or it cannot be read.
     """
     if config.model is not None:
         return Subject(_random_encoder(config.model, seed), "scratch", None)
@@ -62,16 +62,16 @@ def open_subject(config: SubjectConfig, seed: int) -> Subject:
 
 
 def run_of(file: Path) -> Path | None:
-    """The run folder that a model.safetensors lies in (run/checkpoints/step-XXXXXXXX/); None for other files."""
+    """The run folder of a model.safetensors (RUN/checkpoints/step-XXXXXXXX/); None for other files."""
     step = file.resolve().parent
     return step.parents[1] if step.name.startswith("step-") and step.parent.name == "checkpoints" else None
 
 
 def default_out(file: Path | None, protocol: str, start: Start) -> Path:
-    """Where results go when no folder is named: the run folder, or beside the file.
+    """The folder for results when none is given: below the run folder, or next to the checkpoint file.
 
     Raises:
-        ValueError: there is no file to be beside of.
+        ValueError: there is no checkpoint file.
     """
     if file is None:
         raise ValueError("nowhere to write: give --out DIR")

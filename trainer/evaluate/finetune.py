@@ -1,4 +1,4 @@
-"""encoder, labelled data -> [finetune] -> a classifier: the whole encoder trained on, its last blocks, or from scratch.
+"""Trains a classifier from an encoder: all of it, its last blocks, or from random weights.
 
 Source: the published `main_finetune.py` (He et al. 2021, Table 9; partial: section 4.4 and Figure 9; from scratch:
 Table 11). Layer-wise rates, drop path, RandAugment, random erasing, mixup or cutmix, smoothed labels.
@@ -31,15 +31,15 @@ from patchmill.trainer.evaluate.scores import Scores, check_torchmetrics
 from patchmill.trainer.evaluate.state import Learning
 
 UNDECAYED = ("cls_token", "pos_embed")
-"""beside biases and norms, as published for fine-tuning (in pretraining the class token is decayed)"""
+"""not decayed, nor are biases and norms, as published for fine-tuning (pretraining decays the class token)"""
 
 
 def finetune(config: FinetuneConfig, on_progress: Callable[[Progress], None] = lambda progress: None) -> Report:
-    """Fine-tunes as the config says and writes the run folder; a signal stops it with its state saved.
+    """Fine-tunes as `config` describes and writes the run folder; a signal saves the state and stops it.
 
     Raises:
-        ValueError: an option that cannot work, with its remedy.
-        OSError: data or run folder cannot be read or written.
+        ValueError: an option cannot work; the message says what to change.
+        OSError: the data cannot be read, or the run folder cannot be written.
     """
     with joined_world(config.device) as world, stop_on_signals() as stop:
         return run_finetune(config, world, stop, on_progress)
@@ -48,7 +48,7 @@ def finetune(config: FinetuneConfig, on_progress: Callable[[Progress], None] = l
 def run_finetune(
     config: FinetuneConfig, world: World, stop: list[str], on_progress: Callable[[Progress], None]
 ) -> Report:
-    """As `finetune`, among ranks that have met already."""
+    """As `finetune`, on ranks that have already joined."""
     check_torchmetrics()
     check_batch(config, world)
     train, test = open_labelled(config.data.path, "data.path"), open_labelled(config.test.path, "test.path")
@@ -99,7 +99,7 @@ def protocol_of(config: FinetuneConfig) -> str:
 
 
 def build_optimizer(model: Classifier, config: FinetuneConfig) -> torch.optim.AdamW:
-    """AdamW over what learns: a group for each layer's rate, with and without weight decay."""
+    """AdamW over the parameters that learn: one group per layer's rate, with and without weight decay."""
     groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -125,11 +125,11 @@ def finetune_loss(
     place: tuple[int, int],
     autocast: torch.dtype | None,
 ) -> Tensor:
-    """Augments, mixes and classifies a part of a batch; mean soft cross entropy.
+    """Augments, mixes and classifies a part of a batch; returns the mean soft cross entropy.
 
     Args:
-        forward: the model as it is called, perhaps wrapped.
-        place: rank and number of the part: mixing pairs images within a part.
+        forward: the model to call, perhaps wrapped.
+        place: rank and number of the part (mixing pairs images within a part).
     """
     augment, where = config.augment, {"seed": config.seed, "epoch": batch.epoch}
     ids_B = batch.sample_ids.cpu().numpy().astype(np.int64)
@@ -155,9 +155,9 @@ def sweep(
     tuned_blocks: list[float],
     on_progress: Callable[[float, Progress], None] = lambda blocks, progress: None,
 ) -> list[Report]:
-    """Partial fine-tuning with each number of blocks in turn (Figure 9), each in a folder of its own below `out`.
+    """Fine-tunes the last blocks for each number in turn (Figure 9), each in its own folder below `out`.
 
-    Ends early when a signal stops one of them; the same call goes on.
+    Ends early when a signal stops one of them; the same call continues.
     """
     reports: list[Report] = []
     with joined_world(config.device) as world, stop_on_signals() as stop:

@@ -1,4 +1,4 @@
-"""encoder, labelled data -> [knn] -> accuracy: what stands near in feature space, nothing trained.
+"""Classifies by nearest neighbours in feature space, without training.
 
 Source: weighted kNN of Wu et al. 2018 as DINO uses it: cosine similarity, the k nearest training images vote with
 weight exp(similarity / temperature).
@@ -21,7 +21,7 @@ from patchmill.trainer.evaluate.scores import Scorer, Scores, check_torchmetrics
 from patchmill.trainer.model.encoder import Encoder
 
 SIMILARITIES = 1 << 26
-"""numbers of a block of the similarity matrix: 256 MiB"""
+"""values per block of the similarity matrix: 256 MiB"""
 
 
 class FeatureTable(NamedTuple):
@@ -63,7 +63,7 @@ def make_table(
 def knn_scores(
     train: FeatureTable, test_TD: Tensor, neighbours: Sequence[int], temperature: float, num_classes: int
 ) -> dict[int, Tensor]:
-    """Votes for each class, fp32 [T, A], for each number of neighbours (all images, where there are fewer).
+    """Votes for each class, fp32 [T, A], for each number of neighbours (all images where there are fewer).
 
     Example: neighbours at cosine 1.0 (class 0) and 0.5 (class 1), temperature 0.5: votes e^2 and e^1.
     """
@@ -83,7 +83,7 @@ def run_knn(config: KnnConfig, subject: Subject, world: World) -> dict[int, Scor
     """Scores for each number of neighbours.
 
     Raises:
-        ValueError: data without labels, or test classes that training does not have.
+        ValueError: the data have no labels, or the test data have classes that the training data lack.
     """
     check_torchmetrics()
     train, test = open_labelled(config.data.path, "data.path"), open_labelled(config.test.path, "test.path")
@@ -103,7 +103,7 @@ def run_knn(config: KnnConfig, subject: Subject, world: World) -> dict[int, Scor
 def _score(
     votes_TA: Tensor, labels_T: Tensor, columns: list[list[int]] | None, num_classes: int, world: World
 ) -> Scores:
-    """Every rank holds all votes; each scores its share, so that what is counted over ranks is each image once."""
+    """Scores this rank's share: every rank holds all votes, and each image must count once over all ranks."""
     scorer = Scorer(num_classes, world.device)
     mine_T = torch.arange(len(labels_T), device=labels_T.device) % world.size == world.rank
     shares_TA = votes_TA / votes_TA.sum(1, keepdim=True)

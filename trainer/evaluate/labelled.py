@@ -1,7 +1,7 @@
-"""packed dataset -> [labelled] -> protocols: images with classes, each exactly once, on any number of ranks.
+"""Reads labelled datasets: training batches, and test images each exactly once on any number of ranks.
 
-The loader completes the last batch with images that came before and puts another image into the place of a bad one;
-here those rows are marked, so that no image counts twice and none is counted that was not seen.
+The loader fills the last batch with images that came before, and a bad image's slot with another image. `each_once`
+marks those rows, so no image counts twice and no unreadable image counts at all.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ from patchmill.trainer.engine.world import World
 
 
 class Labelled(NamedTuple):
-    """A dataset that can be learnt from or tested on."""
+    """A dataset in which every sample has a class."""
 
     path: str
     classes: list[str]
@@ -33,7 +33,7 @@ class Labelled(NamedTuple):
 
 
 def open_labelled(path: str, option: str) -> Labelled:
-    """Checks that every sample of a dataset has a class.
+    """Opens a dataset and checks that every sample has a class.
 
     Args:
         option: the command-line option that names the dataset.
@@ -73,12 +73,12 @@ def each_once(
     *,
     most: int | None = None,
 ) -> Iterator[tuple[Batch, Tensor]]:
-    """Every sample of a dataset once, centre-cropped: this rank's batches, and which rows count (bool [B]).
+    """Yields every sample of a dataset once, centre-cropped: this rank's batches, and which rows count (bool [B]).
 
     Args:
         data: how to read and decode; its path is not used, nor any option beyond `ReadConfig`.
         batch: images at a time over all ranks; rounded up to a multiple of their number.
-        most: look at no more than so many samples (rounded up to whole batches), always the same random ones.
+        most: at most this many samples (rounded up to whole batches), always the same random ones.
     """
     batch = -(-batch // world.size) * world.size
     read = {each.name: getattr(data, each.name) for each in dataclasses.fields(ReadConfig)} | {"path": path}
@@ -94,19 +94,18 @@ def each_once(
         for step, found in zip(range(steps), loader, strict=False):
             position_B = step * batch + world.rank * local + np.arange(local)
             wanted_B = order.indices(0, position_B % count)
-            # a bad sample's place holds another image; a place past the end holds one that has come before
+            # a bad sample's slot holds another image; a slot past the end repeats an earlier one
             counts_B = torch.from_numpy(position_B < count).to(world.device)
             yield found, counts_B & (found.sample_ids == torch.from_numpy(wanted_B).to(world.device))
 
 
 def class_columns(test: TestConfig, here: list[str], learnt: list[str]) -> list[list[int]] | None:
-    """For each class of the test data the classes of the model that mean it; None when the two lists are equal.
+    """Maps each class of the test data to the model's classes that mean it; None when the two lists are equal.
 
-    Without a class map, names must be found among the learnt ones (ImageNet-A, -R, -C and
-    Sketch keep ImageNet's names).
+    Without a class map, every test class must be a learnt one (ImageNet-A, -R, -C and Sketch keep ImageNet's names).
 
     Raises:
-        ValueError: a name that is not there, or a file that is no class map.
+        ValueError: an unknown class, or a file that is not a class map.
     """
     if not test.class_map:
         if here == learnt:
@@ -114,9 +113,9 @@ def class_columns(test: TestConfig, here: list[str], learnt: list[str]) -> list[
         missing = [name for name in here if name not in set(learnt)]
         if missing:
             raise ValueError(
-                f"class {missing[0]!r} of {test.path} is none of the {len(learnt)} learnt ones ({len(missing)} such): "
-                "give --test.class-map FILE (of `patchmill evaluate`: --class-map), a JSON object from class names "
-                "here to learnt ones"
+                f"class {missing[0]!r} of {test.path} is not one of the {len(learnt)} learnt classes (nor are "
+                f"{len(missing) - 1} more): give --test.class-map FILE (with `patchmill evaluate`: --class-map), a "
+                "JSON object from class names in the test data to learnt ones"
             )
         table: dict[str, str | list[str]] = {name: name for name in here}
     else:
@@ -128,14 +127,14 @@ def class_columns(test: TestConfig, here: list[str], learnt: list[str]) -> list[
         names = [meant] if isinstance(meant, str) else meant or []
         unknown = [each for each in names if each not in place]
         if not names or unknown:
-            what = f"gives {unknown[0]!r}, which the model has not learnt," if unknown else "has nothing"
-            raise ValueError(f"class map {test.class_map} {what} for class {name!r} of {test.path}; mend that entry")
+            what = f"names {unknown[0]!r}, which the model has not learnt," if unknown else "has nothing"
+            raise ValueError(f"class map {test.class_map} {what} for class {name!r} of {test.path}; correct that entry")
         columns.append([place[each] for each in names])
     return columns
 
 
 def to_test_classes(logits_BA: Tensor, columns: list[list[int]] | None) -> Tensor:
-    """Logits over the model's classes -> scores over the test data's: the best of the classes that mean each [B, T]."""
+    """Scores of the test data's classes, [B, T]: the best logit among the model's classes that mean each."""
     if columns is None:
         return logits_BA
     return torch.stack([logits_BA[:, each].amax(1) for each in columns], 1)
@@ -147,7 +146,7 @@ def _read_class_map(path: str) -> dict[str, str | list[str]]:
     except OSError as error:
         raise OSError(f"cannot read class map {path}: {error.strerror or error}") from error
     except ValueError as error:
-        raise ValueError(f"class map {path} is no JSON ({error})") from error
+        raise ValueError(f"class map {path} is not JSON ({error})") from error
     values = table.values() if isinstance(table, dict) else [None]
     if not all(isinstance(name, str) for value in values for name in (value if isinstance(value, list) else [value])):
         raise ValueError(f"class map {path} must be an object from class names to a name or a list of names")

@@ -1,4 +1,4 @@
-"""gradients -> [LARS] -> head: the optimizer of the linear probe.
+"""Implements LARS, the optimizer of the linear probe.
 
 Source: You et al. 2017 as the published MAE code uses it (util/lars.py there, from MoCo v3): the layer-wise rate and
 weight decay apply to matrices alone; biases take plain momentum steps.
@@ -16,7 +16,7 @@ class Lars(torch.optim.Optimizer):
     For a matrix w with gradient g: g' = g + decay * w; g'' = g' * trust * |w| / |g'| (g' itself where a norm is 0);
     mu = momentum * mu + g''; w -= lr * mu. For vectors g'' = g.
 
-    Example: w = [[3, 4]], g = [[0, 2]], lr 0.1, no decay: |w| = 5, |g| = 2, so that g'' = 0.001 * 5 / 2 * g =
+    Example: w = [[3, 4]], g = [[0, 2]], lr 0.1, no decay: |w| = 5, |g| = 2, so g'' = 0.001 * 5 / 2 * g =
     [[0, 0.005]] and w becomes [[3, 3.9995]].
     """
 

@@ -1,8 +1,8 @@
-"""images, labels -> [mixing] -> images, soft labels: label smoothing, mixup and cutmix.
+"""Mixes images and labels: label smoothing, mixup and cutmix.
 
-Each image is mixed with the one that stands opposite in the batch, with one share for the whole batch, as in the
-published fine-tuning (timm's `Mixup`, mode "batch", switching between the two with equal probability). The draw is a
-function of the key that the caller gives: seed, epoch, step, rank and part of the batch.
+Image i is mixed with image B - 1 - i, with one share for the whole batch, as in the published fine-tuning (timm's
+`Mixup`, mode "batch", which picks mixup or cutmix with equal probability). The draw is a function of the caller's key:
+seed, epoch, step, rank and part of the batch.
 
 Shapes: B images, A classes.
 """
@@ -19,16 +19,16 @@ from patchmill.trainer.config.evaluate import AugmentConfig
 
 
 class Mix(NamedTuple):
-    """How a batch is mixed."""
+    """The draw for one batch."""
 
     share: float
-    """of each image's own label, 0 to 1"""
+    """weight of each image's own label, 0 to 1"""
     box: tuple[int, int, int, int] | None
-    """rows and columns [top, bottom) x [left, right) that come from the other image; None: all pixels are blended"""
+    """rows and columns [top, bottom) x [left, right) taken from the other image; None: all pixels are blended"""
 
 
 def draw_mix(config: AugmentConfig, size_hw: tuple[int, int], key: tuple[int, ...]) -> Mix:
-    """Draws mixup or cutmix; without either the share is 1."""
+    """Draws mixup or cutmix; the share is 1 when both are off."""
     rng = np.random.default_rng(key)
     switch, (mixup, cutmix) = rng.random(), (config.mixup, config.cutmix)
     if cutmix and (not mixup or switch < 0.5):
@@ -37,7 +37,7 @@ def draw_mix(config: AugmentConfig, size_hw: tuple[int, int], key: tuple[int, ..
 
 
 def cut_box(share: float, size_hw: tuple[int, int], rng: np.random.Generator) -> Mix:
-    """A box of area (1 - share) about a random place, clipped at the border, and the share that it really leaves."""
+    """Draws a box of area (1 - share), clips it at the border, and returns it with the share that remains."""
     height, width = size_hw
     rows, columns = (int(side * math.sqrt(1 - share)) for side in size_hw)
     y, x = int(rng.integers(height)), int(rng.integers(width))
@@ -47,7 +47,7 @@ def cut_box(share: float, size_hw: tuple[int, int], rng: np.random.Generator) ->
 
 
 def mix_images(images_BCHW: Tensor, mix: Mix) -> Tensor:
-    """The mixed images; the argument is not changed."""
+    """Returns the mixed images; leaves the argument unchanged."""
     if mix.share == 1:
         return images_BCHW
     other_BCHW = images_BCHW.flip(0)

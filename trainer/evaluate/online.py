@@ -1,14 +1,13 @@
-"""a model, labelled data -> [evaluate] -> accuracy: one pass over test data, and what pretraining asks on its way.
+"""Scores a model during pretraining with kNN and a linear probe.
 
-`classify` is the test of probing and fine-tuning, `evaluate_classifier` that of a finished one on any labelled shards
-(ImageNet-A, -R, -C, Sketch, ...), `OnlineEvaluation` kNN and a linear probe while pretraining goes on.
+Shapes: N training images, T test images, D width, A classes.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from patchmill.pipeline.config import DataConfig
+from patchmill.pipeline.config import ReadConfig
 from patchmill.trainer.config.pretrain import OnlineEvalConfig
 from patchmill.trainer.engine.world import World
 from patchmill.trainer.evaluate.knn import FeatureTable, knn_scores, make_table
@@ -17,42 +16,42 @@ from patchmill.trainer.model.encoder import Encoder
 from patchmill.trainer.model.vit import VisionTransformer
 
 L2 = 1e-4
-"""of the online probe's weights, per image"""
-
+"""penalty of the online probe: times the sum of squared weights, added to the mean loss"""
 PROBE_ITERATIONS = 100
+"""most iterations of L-BFGS"""
 
 
 class OnlineEvaluation:
-    """kNN and a linear probe of a model in training; call it between two updates, on every rank.
+    """Scores a model in training with kNN and a linear probe; call it between two updates, on every rank.
 
-    It draws nothing from torch's generators and changes nothing of the model, so that the run's trajectory is the same
-    with and without it.
+    It draws nothing from torch's generators and leaves the model unchanged: the run's trajectory is the same with and
+    without it.
     """
 
-    def __init__(self, config: OnlineEvalConfig, data: DataConfig, world: World) -> None:
-        """Checks the data, so that a wrong path fails before training and not an epoch later.
+    def __init__(self, config: OnlineEvalConfig, data: ReadConfig, world: World) -> None:
+        """Checks the data now, because a wrong path must fail before training and not an epoch later.
 
         Args:
-            data: of the pretraining: reader, decoder, and the training images when the config names none.
+            data: how pretraining reads; its path gives the training images when `config` names none.
         Raises:
-            ValueError, FileNotFoundError: data without labels, or not there.
+            ValueError, FileNotFoundError: the data have no labels, or are missing.
         """
         self.config, self.data, self.world = config, data, world
         self.train: Labelled = open_labelled(config.data_path or data.path, "eval.data-path")
         self.test: Labelled = open_labelled(config.test_path, "eval.test-path")
         if self.train.classes != self.test.classes:
-            raise ValueError(f"{self.train.path} and {self.test.path} have other classes; eval needs the same ones")
+            raise ValueError(f"{self.train.path} and {self.test.path} have different classes; eval needs the same ones")
 
     def is_due(self, step: int, steps_per_epoch: int) -> bool:
-        """Whether an evaluation falls on the update that made `step` updates done."""
+        """Whether to evaluate now that `step` updates are done."""
         every = self.config.every_epochs
         return every is not None and step > 0 and step % max(1, round(every * steps_per_epoch)) == 0
 
     def __call__(self, model: VisionTransformer, autocast: torch.dtype | None) -> dict[str, float]:
-        """knn_top1, probe_top1 (0 to 1, class token, centre crops) of the model as it is.
+        """Returns knn_top1 and probe_top1 (0 to 1; class token, centre crops).
 
         Args:
-            model: the bare model, not its DDP wrapper; with FSDP its parameters must be whole.
+            model: the bare model, not its DDP wrapper; FSDP parameters must be gathered first.
         """
         was_training = model.training
         encoder = Encoder(model).eval().to(self.world.device)
@@ -73,9 +72,9 @@ class OnlineEvaluation:
 
 
 def fit_logistic(table: FeatureTable, num_classes: int) -> tuple[Tensor, Tensor]:
-    """Multinomial logistic regression on standardised features by L-BFGS from zero: weight [A, D] and bias [A].
+    """Fits multinomial logistic regression to standardised features by L-BFGS from zero: weight [A, D] and bias [A].
 
-    Full batches and no random number: the same features give the same classifier.
+    It uses full batches and no random numbers: the same features give the same classifier.
     """
     with torch.enable_grad():
         x_ND, labels_N = _standardise(table.features, table.features), table.labels

@@ -1,4 +1,4 @@
-"""encoder, labelled data -> [probe] -> accuracy: a linear classifier on frozen features.
+"""Trains and tests a linear classifier on frozen features.
 
 Source: the published `main_linprobe.py` (He et al. 2021, Table 10): class token, BatchNorm without affine, one linear
 layer, LARS, lr = 0.1 * batch / 256, no weight decay, random-resized crops by the TensorFlow rule, flips.
@@ -27,18 +27,18 @@ from patchmill.trainer.evaluate.state import Learning
 
 
 def probe(config: ProbeConfig, on_progress: Callable[[Progress], None] = lambda progress: None) -> Report:
-    """Probes as the config says and writes the run folder; a signal stops it with its state saved.
+    """Runs the probe that `config` describes and writes the run folder; a signal saves the state and stops it.
 
     Raises:
-        ValueError: an option that cannot work, with its remedy.
-        OSError: data or run folder cannot be read or written.
+        ValueError: an option cannot work; the message says what to change.
+        OSError: the data cannot be read, or the run folder cannot be written.
     """
     with joined_world(config.device) as world, stop_on_signals() as stop:
         return run_probe(config, world, stop, on_progress)
 
 
 def run_probe(config: ProbeConfig, world: World, stop: list[str], on_progress: Callable[[Progress], None]) -> Report:
-    """As `probe`, among ranks that have met already."""
+    """As `probe`, on ranks that have already joined."""
     check_torchmetrics()
     check_batch(config, world)
     train, test = open_labelled(config.data.path, "data.path"), open_labelled(config.test.path, "test.path")

@@ -1,4 +1,4 @@
-"""images, mask plan, model -> [pictures] -> sheets: masked images and reconstructions (He et al. 2021, Figure 2)."""
+"""Reconstructs masked images with a pretrained model (He et al. 2021, Figure 2)."""
 
 import torch
 from torch import Tensor
@@ -13,10 +13,10 @@ GREY = 128
 
 @torch.no_grad()
 def reconstruct(model: VisionTransformer, images_BHWC: Tensor, plan: MaskPlan) -> tuple[Tensor, Tensor]:
-    """The masked images and their reconstructions (visible patches as they are, masked ones as predicted).
+    """Returns the masked images and their reconstructions (visible patches unchanged, masked ones predicted).
 
-    A model of normalised pixels predicts each patch up to its mean and standard deviation: those of the true patch are
-    used, as the published demo does, so that brightness and contrast of its patches are given, not predicted.
+    A model of normalised pixels does not predict a patch's mean and standard deviation; they come from the true patch,
+    as in the published demo. Brightness and contrast of its patches are therefore given, not predicted.
 
     Args:
         images_BHWC: uint8.
@@ -24,7 +24,7 @@ def reconstruct(model: VisionTransformer, images_BHWC: Tensor, plan: MaskPlan) -
     Returns:
         two uint8 tensors [B, H, W, C].
     Raises:
-        ValueError: a model of dvae tokens, which have no look.
+        ValueError: the model predicts dvae tokens, which cannot be drawn.
     """
     c = model.config
     pred_BMP = model.target.patches(model(images_BHWC, plan).pred, images_BHWC, plan.ids_mask)
@@ -41,7 +41,7 @@ def reconstruct(model: VisionTransformer, images_BHWC: Tensor, plan: MaskPlan) -
 
 
 def _unpatchify(patches_BLP: Tensor, plan: MaskPlan, grid_hw: tuple[int, int], patch_size: int) -> Tensor:
-    """Patches in shuffled order (kept, then masked) back to uint8 images [B, H, W, C]."""
+    """Puts patches in shuffled order (kept, then masked) back into uint8 images [B, H, W, C]."""
     order = plan.ids_restore.long()[..., None].expand(-1, -1, patches_BLP.shape[-1])
     rows, across = grid_hw
     grid = patches_BLP.gather(1, order).view(len(patches_BLP), rows, across, patch_size, patch_size, -1)

@@ -1,8 +1,8 @@
-"""scores -> [eval_report] -> results.json and pictures: what an evaluation leaves for people and tools.
+"""Writes the results of an evaluation: results.json, confusion.json and pictures.
 
 results.json: protocol, start (pretrained, random or scratch), top1, top5, test_loss, test_samples, unseen, per_class,
-where the encoder comes from, seed, options, history, seconds, versions. confusion.json: classes and matrix (rows are
-true classes).
+origin of the encoder, seed, options, history, seconds, versions. confusion.json: classes and matrix (rows are true
+classes).
 """
 
 import dataclasses
@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 
 from patchmill import __version__
+from patchmill.pipeline.atomic import whole_file
 from patchmill.trainer.checkpoints.files import config_json
 from patchmill.trainer.config.evaluate import FinetuneConfig, KnnConfig, ProbeConfig
 from patchmill.trainer.config.toml import to_toml
@@ -32,7 +33,7 @@ class Report(NamedTuple):
 
     run: Path
     results: dict[str, Any]
-    """what results.json holds; empty when the run was stopped"""
+    """content of results.json; empty when the run was stopped"""
     step: int
     total_steps: int
     interrupted: str | None
@@ -51,10 +52,10 @@ def open_folder(run: Path, config: KnnConfig | ProbeConfig | FinetuneConfig, wor
 
 
 def find_finished(run: Path, config: ProbeConfig | FinetuneConfig, subject: Subject) -> Report | None:
-    """The report of a run that has come to its end with these options, None where there is none.
+    """The report of a finished run with these options; None when the folder holds none.
 
     Raises:
-        ValueError: one of other options lies there.
+        ValueError: the folder holds a finished run with other options.
     """
     if not (run / RESULTS).is_file():
         return None
@@ -78,7 +79,7 @@ def write_report(
     test: Labelled,
     world: World,
 ) -> Report:
-    """Writes results, pictures and classifier of a fit that has ended and deletes its state; else nothing."""
+    """Writes results, pictures and classifier of a finished fit and deletes its state; nothing for a stopped one."""
     if fitted.scores is None or fitted.interrupted:
         return Report(run, {}, fitted.step, fitted.total_steps, fitted.interrupted)
     options = fixed_options(config) | {"encoder": subject.name}
@@ -102,7 +103,7 @@ def write_report(
 
 
 def common_results(protocol: str, subject: Subject, seed: int, test: Labelled, scores: Scores) -> dict[str, Any]:
-    """What every results.json says, whatever the protocol."""
+    """The part of results.json that all protocols share."""
     shape = dataclasses.asdict(subject.encoder.config)
     kept = ("image_size", "patch_size", "embed_dim", "depth", "num_heads")
     return {
@@ -120,7 +121,7 @@ def common_results(protocol: str, subject: Subject, seed: int, test: Labelled, s
 
 
 def per_class(scores: Scores, classes: list[str]) -> dict[str, float]:
-    """Share of each class's images that were recognised; empty where no confusion matrix was kept."""
+    """Accuracy on each class; empty where no confusion matrix was kept."""
     if scores.confusion is None:
         return {}
     right, all_of = scores.confusion.diagonal(), scores.confusion.sum(1)
@@ -128,11 +129,10 @@ def per_class(scores: Scores, classes: list[str]) -> dict[str, float]:
 
 
 def write_scores(run: Path, results: dict[str, Any], scores: Scores, classes: list[str]) -> None:
-    """Writes results.json, last, after confusion.json and confusion.png. Raises OSError when that fails."""
+    """Writes confusion.json and confusion.png, then results.json. Raises OSError when that fails."""
     if scores.confusion is not None:
         table = {"classes": classes, "matrix": scores.confusion.tolist()}
         (run / "confusion.json").write_text(json.dumps(table) + "\n", encoding="utf-8")
         write_confusion(scores.confusion, classes, run / "confusion.png", f"top-1 {scores.top1:.2%}")
-    beside = run / f".{RESULTS}.tmp"
-    beside.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    beside.rename(run / RESULTS)
+    with whole_file(run / RESULTS) as path:
+        path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")

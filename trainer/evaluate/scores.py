@@ -1,4 +1,4 @@
-"""logits, labels -> [scores] -> results: what a classifier got right, counted by torchmetrics over all ranks."""
+"""Counts what a classifier got right, over all ranks, with torchmetrics."""
 
 import importlib.util
 from typing import Any, NamedTuple
@@ -8,22 +8,22 @@ import torch.nn.functional as F
 from torch import Tensor
 
 MAX_CONFUSION_CLASSES = 2000
-"""beyond which no confusion matrix is kept"""
+"""most classes for which a confusion matrix is kept"""
 
 
 class Scores(NamedTuple):
-    """What a pass over the test data found."""
+    """Scores of a classifier on test data."""
 
     top1: float
-    """share of images whose best class is right, 0 to 1"""
+    """share of images whose top class is right, 0 to 1"""
     top5: float
-    """share whose right class is among the best five (or all, where there are fewer)"""
+    """share of images whose true class is among the top five (or all, where there are fewer)"""
     loss: float
     """mean cross entropy"""
     samples: int
-    """images that were counted"""
+    """images counted"""
     confusion: Tensor | None
-    """int64 [A, A]: rows are true classes, columns found ones; None beyond MAX_CONFUSION_CLASSES classes"""
+    """int64 [A, A]: rows are true classes, columns predicted ones; None beyond MAX_CONFUSION_CLASSES classes"""
 
     def plain(self) -> dict[str, Any]:
         """For JSON, without the confusion matrix."""
@@ -31,7 +31,7 @@ class Scores(NamedTuple):
 
 
 class Scorer:
-    """Collects batches and gives their scores, the same on every rank."""
+    """Accumulates batches and returns their scores, the same on every rank."""
 
     def __init__(self, num_classes: int, device: torch.device) -> None:
         check_torchmetrics()
@@ -67,7 +67,7 @@ class Scorer:
         top1, top5, loss, samples = (
             float(v) for v in (found["top1"], found["top5"], self.loss.compute(), self.samples.compute())
         )
-        # torchmetrics divides in fp32; the shares are those of whole images
+        # torchmetrics divides in fp32: round to whole images and divide again in fp64
         top1, top5 = (round(share * samples) / max(samples, 1) for share in (top1, top5))
         return Scores(top1, top5, loss, int(samples), confusion)
 

@@ -1,13 +1,13 @@
-"""features -> [spectrum] -> effective rank: how many directions features use, so that their collapse can be seen.
+"""Measures how many directions features use, which shows their collapse.
 
-The spectrum is the features' standard deviation along each of their principal axes: the singular values of the centred
-features [N, D], over sqrt(N) so that it does not grow with the number of images. Centring leaves min(N - 1, D) of them.
+The spectrum is the features' standard deviation along each principal axis: the singular values of the centred features
+[N, D], divided by sqrt(N) to be independent of the number of images. Centring leaves min(N - 1, D) of them.
 
     effective rank = exp(-sum p ln p),  p = singular values over their sum
 
 (Roy and Vetterli 2007, "The effective rank: a measure of effective dimensionality"; the values themselves are
-normalised, not their squares.) It is 1 when one direction is left and min(N - 1, D) when all weigh the same. RankMe
-(Garrido et al. 2023) is the same number of features that are not centred.
+normalised, not their squares.) It is 1 when one direction is left and min(N - 1, D) when all are equal. RankMe
+(Garrido et al. 2023) is the same formula without centring.
 
 Shapes: B images of this rank, N images, D width.
 """
@@ -24,10 +24,10 @@ from patchmill.trainer.engine.world import World
 
 
 class Spectrum(NamedTuple):
-    """How a set of features spreads."""
+    """Spread of a set of features."""
 
     effective_rank: float
-    """0 where all features are equal; not a number where one is not finite"""
+    """0 where all features are equal; NaN where one is not finite"""
     singular_values: list[float]
     """min(N - 1, D) of them, largest first; none where a feature is not finite"""
     images: int
@@ -35,9 +35,9 @@ class Spectrum(NamedTuple):
 
 
 def take_spectrum(features_ND: Tensor) -> Spectrum:
-    """The spectrum of features of at least two images, computed in fp64 on their device.
+    """Computes the spectrum of the features of at least two images, in fp64 on their device.
 
-    Example: [[0, 0], [2, 0], [0, 2], [2, 2]] spread alike along both axes: singular values 1, 1; effective rank 2.
+    Example: [[0, 0], [2, 0], [0, 2], [2, 2]] spreads equally along both axes: singular values 1, 1; effective rank 2.
     """
     count, width = features_ND.shape
     if not features_ND.isfinite().all():
@@ -57,14 +57,14 @@ def effective_rank(singular_values: Tensor) -> float:
 
 @torch.no_grad()
 def batch_features(model: nn.Module, batch: Batch, parts: int, world: World) -> Tensor:
-    """Class tokens of a global batch as the model sees it in training (cropped, masked): fp32 [N, D] in main memory.
+    """Class tokens of a global training batch (cropped, masked): fp32 [N, D] in main memory.
 
-    A collective call that waits for the device; it draws nothing and changes nothing of the model. Without autocast:
-    the noise of half precision would hide how far the small singular values have fallen.
+    A collective call that waits for the device; it draws nothing and leaves the model unchanged. It runs without
+    autocast, because half precision's noise would hide how far the small singular values have fallen.
 
     Args:
-        model: the bare model; its forward pass is called, so that sharded weights are gathered.
-        parts: how many passes this rank's images are split into.
+        model: the bare model; calling it gathers sharded weights.
+        parts: number of passes to split this rank's images into.
     """
     cls_BD = torch.cat([model(part.images, part.plan).latent[:, 0].float() for part in micro_batches(batch, parts)])
     return torch.cat(world.gather(cls_BD))
