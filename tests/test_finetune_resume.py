@@ -18,7 +18,7 @@ from patchmill.trainer.evaluate import fit as fit_module
 from patchmill.trainer.evaluate.classify import load_classifier
 from patchmill.trainer.evaluate.finetune import finetune, sweep
 from patchmill.trainer.evaluate.probe import probe
-from patchmill.trainer.evaluate.state import FINISHED, STATE
+from patchmill.trainer.evaluate.state import FINISHED, STATE, changed_options, fixed_options
 from tests.support.eval_setup import files_of, finetune_config, make_setup, probe_config
 
 ROOT = Path(__file__).parent.parent
@@ -180,3 +180,9 @@ def test_a_batch_that_cannot_be_split_is_refused(setup, tmp_path):
     config = dataclasses.replace(config, fit=dataclasses.replace(config.fit, accum_steps=3))
     with pytest.raises(ValueError, match=r"fit\.global_batch 16 cannot be split.*fit\.accum_steps 3"):
         finetune(config)
+
+
+def test_options_that_were_never_obeyed_may_differ_in_an_older_run(setup, tmp_path):
+    now = fixed_options(finetune_config(setup, tmp_path))
+    assert changed_options(now | {"data.repeats": 1, "data.shuffle_buffer": 9}, now) == []
+    assert changed_options(now | {"data.crop": "centre", "data.scale": [0.3, 1.0]}, now) == ["data.crop"]
