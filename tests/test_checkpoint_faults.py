@@ -13,6 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_checkpoint_files import GUARD, save, trained_pair
 
+from patchmill.pipeline import atomic
 from patchmill.trainer.checkpoints import checkpoint
 
 EVERY = 997
@@ -50,7 +51,8 @@ def save_and_die(run, model, optimizer, at):
 
         return call
 
-    for owner, names in ((checkpoint, ("save_file", "_sums", "_sync")), (Path, ("mkdir", "write_text", "rename"))):
+    changing = (checkpoint, ("save_file", "_sums")), (atomic, ("sync",)), (Path, ("mkdir", "write_text", "rename"))
+    for owner, names in changing:
         for name in names:
             setattr(owner, name, deadly(getattr(owner, name)))
     try:

@@ -117,7 +117,7 @@ def test_a_fault_that_stays_stops_the_run_by_name(dataset, tmp_path, fault, reas
             next(loader)
     assert "shard-0000" in str(caught.value)
     assert cached_shards(tmp_path) == []
-    assert not list(tmp_path.rglob("*.part"))
+    assert not list(tmp_path.rglob("*.tmp"))
 
 
 def test_a_missing_dataset_and_a_forbidden_one_are_said_at_once(dataset, tmp_path):

@@ -17,6 +17,7 @@ import socket
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+from patchmill.pipeline.atomic import write_whole
 from patchmill.trainer.config.pretrain import PretrainConfig
 from patchmill.trainer.config.toml import to_toml
 from patchmill.trainer.metrics import EVALUATIONS, SPECTRA, read_lines
@@ -63,11 +64,11 @@ def open_run(run: Path, config: PretrainConfig, start: int) -> None:
         raise ValueError(f"{run} is a dataset, not a run folder: choose another --out")
     try:
         run.mkdir(parents=True, exist_ok=True)
-        _replace(run / "config.toml", to_toml(config))
+        write_whole(run / "config.toml", to_toml(config))
         for name in ("metrics.jsonl", EVALUATIONS, SPECTRA, "skipped.jsonl"):
             if (run / name).exists():
                 kept = [line for line in read_lines(run / name) if line["step"] <= start]
-                _replace(run / name, "".join(json.dumps(line) + "\n" for line in kept))
+                write_whole(run / name, "".join(json.dumps(line) + "\n" for line in kept))
     except OSError as error:
         raise OSError(f"cannot write run folder {run}: {error.strerror or error}; choose another --out") from error
 
@@ -75,7 +76,7 @@ def open_run(run: Path, config: PretrainConfig, start: int) -> None:
 def write_status(run: Path, state: State, step: int, total_steps: int, why: str | None = None) -> None:
     """Writes status.json."""
     status = Status(state, step, total_steps, why, socket.gethostname(), os.getpid())
-    _replace(run / STATUS, json.dumps(status._asdict()) + "\n")
+    write_whole(run / STATUS, json.dumps(status._asdict()) + "\n")
 
 
 def read_status(run: Path) -> Status:
@@ -84,10 +85,3 @@ def read_status(run: Path) -> Status:
         return Status(**json.loads((run / STATUS).read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:
         raise ValueError(f"{run} is not a run folder: cannot read its {STATUS} ({error})") from error
-
-
-def _replace(path: Path, text: str) -> None:
-    """Replaces a small file atomically."""
-    beside = path.with_name(f".{path.name}.tmp")
-    beside.write_text(text, encoding="utf-8")
-    beside.rename(path)

@@ -18,6 +18,7 @@ from io import FileIO
 from pathlib import Path
 from typing import TypeVar
 
+from patchmill.pipeline.atomic import whole_file
 from patchmill.pipeline.read.manifest import MANIFEST_NAME, SAMPLES_NAME, Dataset, Manifest, open_samples
 from patchmill.pipeline.read.threads import Pool
 from patchmill.pipeline.read.urls import LinkLocalError, is_forbidden, join, open_filesystem, redact, transient_errors
@@ -121,14 +122,12 @@ class ShardCache:
 def fetch(url: str, path: Path, sha256: str) -> None:
     """Copies a remote file to `path`, whole and with this sha256 (hex), or not at all; does nothing if it is there."""
     lock = os.open(path.with_name(path.name + ".lock"), os.O_CREAT | os.O_RDWR)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not path.exists():
-            with_retries(lambda: _fetch_once(url, temporary, sha256), redact(url))
-            temporary.replace(path)
+            with whole_file(path) as unfinished:
+                with_retries(lambda: _fetch_once(url, unfinished, sha256), redact(url))
     finally:
-        temporary.unlink(missing_ok=True)
         os.close(lock)
 
 

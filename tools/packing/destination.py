@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
+from patchmill.pipeline.atomic import sync, whole_file
 from patchmill.pipeline.read.manifest import MANIFEST_NAME
 from patchmill.pipeline.read.urls import is_url, open_filesystem, redact
 
@@ -55,16 +56,8 @@ class LocalStore:
     @contextmanager
     def writing(self, name: str) -> Iterator[BinaryIO]:
         """A file to write; it gets its name when the block ends without an error, and is deleted otherwise."""
-        temporary = self.root / f"{name}.{os.getpid()}.tmp"
-        try:
-            with temporary.open("wb", buffering=1 << 20) as file:
-                yield file
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, self.root / name)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
+        with whole_file(self.root / name, shared=True) as path, path.open("wb", buffering=1 << 20) as file:
+            yield file
 
     def write_text(self, name: str, text: str) -> None:
         """Writes a small file, all of it or nothing."""
@@ -87,6 +80,7 @@ class LocalStore:
 
     def rename(self, old: str, new: str) -> None:
         os.replace(self.root / old, self.root / new)
+        sync(self.root)
 
     def delete(self, name: str) -> None:
         (self.root / name).unlink(missing_ok=True)
@@ -98,6 +92,7 @@ class LocalStore:
         if self.out.is_dir():
             self.out.rmdir()  # it was empty at the start; fails if someone has filled it since
         os.rename(self.root, self.out)
+        sync(self.out.parent)
         self.clean_published()
 
     def clean_published(self) -> None:

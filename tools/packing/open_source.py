@@ -1,12 +1,12 @@
 """Lists the images of whatever the user named: a folder, an archive, a table, an array or a URL."""
 
 import hashlib
-import os
 import tempfile
 from dataclasses import replace
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from patchmill.pipeline.atomic import whole_file
 from patchmill.pipeline.read.manifest import MANIFEST_NAME, Manifest
 from patchmill.pipeline.read.remote import with_retries
 from patchmill.pipeline.read.urls import expand_braces, is_url, open_filesystem, redact
@@ -100,9 +100,8 @@ def download(url: str, folder: Path) -> Path:
 
     def fetch() -> None:
         if not local.is_file() or local.stat().st_size != fs.size(path):
-            temporary = local.with_name(f"{local.name}.{os.getpid()}.tmp")
-            fs.get_file(path, str(temporary))
-            temporary.replace(local)
+            with whole_file(local, shared=True) as unfinished:
+                fs.get_file(path, str(unfinished))
 
     folder.mkdir(parents=True, exist_ok=True)
     with_retries(fetch, redact(url))

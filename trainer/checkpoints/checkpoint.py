@@ -13,7 +13,6 @@ Readers verify the checksums first.
 import dataclasses
 import hashlib
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,6 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from patchmill.pipeline.atomic import whole_folder
 from patchmill.trainer.checkpoints.model_file import check_size, load_weights, read_model_config, shard_like
 from patchmill.trainer.config.model import list_changes
 from patchmill.trainer.engine.step import Guard, whole
@@ -90,26 +90,15 @@ def write(run: Path, step: int, snapshot: Snapshot) -> Path:
         OSError: the disk is full or the folder is not writable; nothing half-written remains.
     """
     final = folder(run, step)
-    beside = final.with_name(f".{final.name}.tmp")
     try:
-        shutil.rmtree(beside, ignore_errors=True)
-        beside.mkdir(parents=True)
-        save_file(snapshot.model, beside / FILES[0], metadata=snapshot.header)
-        save_file(snapshot.optimizer, beside / FILES[1])
-        (beside / FILES[2]).write_text(json.dumps({"step": step, **snapshot.state}, indent=1) + "\n")
-        (beside / SUMS).write_text(_sums(beside))
-        for path in (*(beside / name for name in (*FILES, SUMS)), beside):
-            _sync(path)
-        if final.exists():
-            shutil.rmtree(final)
-        beside.rename(final)
-        _sync(final.parent)
-    except BaseException as error:
-        shutil.rmtree(beside, ignore_errors=True)
-        if isinstance(error, SafetensorError | OSError):
-            why = getattr(error, "strerror", None) or error
-            raise OSError(f"cannot write checkpoint {final}: {why}; free space or choose another --out") from error
-        raise
+        with whole_folder(final, replace=True) as unfinished:
+            save_file(snapshot.model, unfinished / FILES[0], metadata=snapshot.header)
+            save_file(snapshot.optimizer, unfinished / FILES[1])
+            (unfinished / FILES[2]).write_text(json.dumps({"step": step, **snapshot.state}, indent=1) + "\n")
+            (unfinished / SUMS).write_text(_sums(unfinished))
+    except (SafetensorError, OSError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise OSError(f"cannot write checkpoint {final}: {why}; free space or choose another --out") from error
     return final
 
 
@@ -288,11 +277,3 @@ def _sums(folder: Path) -> str:
 def _sha256(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 
 from patchmill import __version__
-from patchmill.pipeline.atomic import whole_file
+from patchmill.pipeline.atomic import write_whole
 from patchmill.trainer.checkpoints.files import config_json
 from patchmill.trainer.config.evaluate import FinetuneConfig, KnnConfig, ProbeConfig
 from patchmill.trainer.config.toml import to_toml
@@ -134,5 +134,4 @@ def write_scores(run: Path, results: dict[str, Any], scores: Scores, classes: li
         table = {"classes": classes, "matrix": scores.confusion.tolist()}
         (run / "confusion.json").write_text(json.dumps(table) + "\n", encoding="utf-8")
         write_confusion(scores.confusion, classes, run / "confusion.png", f"top-1 {scores.top1:.2%}")
-    with whole_file(run / RESULTS) as path:
-        path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    write_whole(run / RESULTS, json.dumps(results, indent=1) + "\n")
