@@ -1,14 +1,15 @@
-"""order, draws, decode, masks -> [loader] -> training step: batches on the device, ahead of their use.
+"""Loads batches onto the training device ahead of their use.
 
     with build_loader(DataConfig(path="shards"), image_size=224, patch_size=16, channels=3, mask=MaskConfig(),
                       seed=0, global_batch=256) as loader:
         for batch in loader:
             ...
 
-A thread pulls batches through the stages, which are generators, and puts them into a bounded queue. The loader's whole
-state is the epoch and the step of the next batch.
+A thread pulls batches through the stages, which are generators, into a bounded queue. The loader's whole state is the
+epoch and the step of the next batch.
 """
 
+import dataclasses
 import functools
 import importlib.util
 import os
@@ -28,44 +29,42 @@ from patchmill.pipeline.decode.cpu import CpuDecoder
 from patchmill.pipeline.decode.dali import DaliDecoder
 from patchmill.pipeline.decode.resident import ResidentDecoder
 from patchmill.pipeline.observe import NOBODY, Observer
-from patchmill.pipeline.plan.feed import StepPlan
+from patchmill.pipeline.plan.feed import AnyFeeder, StepPlan
 from patchmill.pipeline.plan.masks import MaskPlan
 from patchmill.pipeline.plan.open_data import open_feeder
-from patchmill.pipeline.plan.stream import AnyFeeder
+from patchmill.pipeline.plan.spec import BatchSpec
 from patchmill.pipeline.read.threads import Prefetcher
 
 Decoder = CpuDecoder | DaliDecoder | ResidentDecoder
 
 
 class BatchMaker:
-    """The last stage: takes decoded images to the device and draws their masks there.
+    """The last stage: moves decoded images to the device and draws their masks there.
 
-    It stands apart from the loader so that the prefetching thread does not keep a forgotten loader alive.
+    The prefetching thread holds this object and not the loader: a loader that is dropped without `close` can be freed.
     """
 
     def __init__(
         self,
         feeder: AnyFeeder,
-        make_decoder: Callable[[tuple[int, int]], Decoder],
+        make_decoder: Callable[[BatchSpec], Decoder],
         mask: MaskConfig,
-        size_hw: tuple[int, int],
-        patch_size: int,
+        spec: BatchSpec,
         device: torch.device,
         colour_jitter: float,
     ) -> None:
-        self.feeder, self.make_decoder, self.mask, self.device = feeder, make_decoder, mask, device
-        self.patch_size, self.colour_jitter = patch_size, colour_jitter
+        self.feeder, self.make_decoder, self.mask, self.spec = feeder, make_decoder, mask, spec
+        self.device, self.colour_jitter = device, colour_jitter
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self.set_size(size_hw)
+        self.decoder = make_decoder(spec)
 
     def set_size(self, size_hw: tuple[int, int]) -> None:
-        """Makes images of that height and width from the next call of `batches` on."""
-        self.size_hw = size_hw
-        self.grid_hw = size_hw[0] // self.patch_size, size_hw[1] // self.patch_size
-        self.decoder = self.make_decoder(size_hw)
+        """Makes images of this height and width from the next call of `batches` on."""
+        spec = dataclasses.replace(self.spec, size_hw=size_hw)
+        self.spec, self.decoder = spec, self.make_decoder(spec)
 
     def batches(self, epoch: int, step: int) -> Iterator[tuple[Batch, torch.cuda.Event | None]]:
-        """Batches from a step on, for ever, each with the event that says when it is ready on a GPU."""
+        """Yields batches from a step on, without end, each with the event that marks it ready on a GPU."""
         with torch.cuda.stream(self.stream) if self.stream else nullcontext():
             for plan, images in self.decoder.batches(epoch, step):
                 batch = self._batch(plan, images)
@@ -80,24 +79,24 @@ class BatchMaker:
         with span("masks", rows):
             mask = MaskPlan.draw(
                 self.mask,
-                seed=self.feeder.seed,
+                seed=self.spec.seed,
                 epoch=plan.epoch,
                 sample_ids_B=ids_B,
-                grid_hw=self.grid_hw,
+                grid_hw=self.spec.grid_hw,
                 repeats_B=repeats_B,
             )
         if self.colour_jitter:
             with span("colour", rows):
                 factors_B3 = jitter_factors(
-                    self.feeder.seed, plan.epoch, plan.sample_ids_B, plan.repeats_B, self.colour_jitter
+                    self.spec.seed, plan.epoch, plan.sample_ids_B, plan.repeats_B, self.colour_jitter
                 )
                 images = jitter(images, self._to_device(torch.from_numpy(factors_B3)))
         return Batch(images, mask, labels_B, ids_B, plan.epoch, plan.step)
 
     def _to_device(self, tensor: Tensor) -> Tensor:
-        """The tensor on the training device, in memory that torch owns.
+        """Returns the tensor on the training device, in memory that torch owns.
 
-        DALI's own GPU buffers are copied too: their memory would not wait for the stream that trains on them.
+        DALI's GPU buffers are copied too: DALI overwrites them without waiting for the stream that trains on them.
         """
         if self.device.type != "cuda":
             return tensor
@@ -107,12 +106,12 @@ class BatchMaker:
 
 
 class Loader:
-    """Yields one rank's batches for ever, epoch after epoch. Made by `build_loader`.
+    """Yields one rank's batches without end, epoch after epoch. `build_loader` makes it.
 
     Attributes:
-        steps_per_epoch: steps of an epoch, the same on every rank.
-        num_samples: samples of the dataset.
-        wait_seconds: time that the consumer has waited in `next`, in all.
+        steps_per_epoch: the same on every rank.
+        num_samples: samples in the dataset.
+        wait_seconds: total time that the consumer has waited in `next`.
     """
 
     def __init__(self, maker: BatchMaker, config: DataConfig, fingerprint: dict[str, Any]) -> None:
@@ -125,7 +124,7 @@ class Loader:
 
     @property
     def bad_samples(self) -> int:
-        """Different bad samples that this process has met and replaced."""
+        """Number of distinct bad samples that this process has found and replaced."""
         return self.maker.feeder.quarantine.bad_samples
 
     def __iter__(self) -> Self:
@@ -137,7 +136,7 @@ class Loader:
         observer = self.maker.feeder.observer
         observer.queue(len(self._prefetcher))
         start = time.perf_counter()
-        with observer.span("wait", self.maker.feeder.local_batch):
+        with observer.span("wait", self.maker.spec.local_batch):
             batch, ready = self._prefetcher.get(self.config.timeout_seconds)
             if ready is not None:
                 _hand_over(batch, ready)
@@ -146,41 +145,41 @@ class Loader:
         return batch
 
     def seek(self, epoch: int, step: int, keep_running: bool = False) -> None:
-        """Lets the next batch be that of a step; the step after an epoch's last is the first of the next epoch."""
+        """Moves to a step. The step after an epoch's last one is the first of the next epoch."""
         if not keep_running:
             self._stop()
         self._next = (epoch + 1, 0) if step >= self.steps_per_epoch else (epoch, step)
 
     def set_image_size(self, size_hw: tuple[int, int]) -> None:
-        """Lets the next batches be of another size with the same width / height: same samples, windows and flips.
+        """Changes the size of the next batches, with the same width / height: same samples, windows and flips.
 
-        The threads start anew; batches that they had ready are dropped.
+        Restarts the threads and drops the batches that were ready.
 
         Raises:
-            ValueError: the patch size does not divide it, or the decoder cannot make it.
+            ValueError: the patch size does not divide the size, or the decoder cannot make it.
         """
-        if size_hw == self.maker.size_hw:
+        if size_hw == self.maker.spec.size_hw:
             return
-        _check_patches(*size_hw, self.maker.patch_size)
+        dataclasses.replace(self.maker.spec, size_hw=size_hw)  # raises before anything is stopped
         self._stop()
         self.maker.set_size(size_hw)
 
     def state_dict(self) -> dict[str, Any]:
-        """Epoch and step of the next batch, and what the order depends on; plain values, fit for JSON."""
+        """Returns epoch and step of the next batch, and all that the order depends on, as plain values for JSON."""
         epoch, step = self._next
         return {"epoch": epoch, "step": step, "fingerprint": dict(self.fingerprint)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continues where `state` was taken; ValueError names what differs if it belongs to other data or settings."""
+        """Continues from `state`. Raises ValueError that names the differences when it is of other data or settings."""
         was, now = state["fingerprint"], self.fingerprint
         changed = [name for name in sorted({*was, *now}) if was.get(name) != now.get(name)]
         if changed:
             listed = "; ".join(f"{name}: was {was.get(name)}, is {now.get(name)}" for name in changed)
-            raise ValueError(f"the loader's state belongs to other data ({listed}): restore these, or start a new run")
+            raise ValueError(f"the loader's state is of other data ({listed}): restore these, or start a new run")
         self.seek(state["epoch"], state["step"])
 
     def close(self) -> None:
-        """Ends the threads and closes the files."""
+        """Stops the threads and closes the files."""
         self._stop()
         self.maker.feeder.close()
 
@@ -197,7 +196,7 @@ class Loader:
 
 
 def _hand_over(batch: Batch, ready: torch.cuda.Event) -> None:
-    """Orders a batch after the consumer's stream, and tells the allocator that this stream uses it."""
+    """Lets the consumer's stream wait for a batch, and tells the allocator that this stream uses it."""
     stream = torch.cuda.current_stream(batch.images.device)
     stream.wait_event(ready)
     plan = batch.plan
@@ -225,71 +224,58 @@ def build_loader(
 
     Args:
         config: see DataConfig.
-        image_size: of the result; an int is a square, a tuple is (height, width).
+        image_size: of the batch's images: the side of a square, or (height, width).
         patch_size: side of a patch; divides height and width.
         channels: 1 to 4; up to 8 with the CPU decoder.
         mask: see MaskConfig.
         seed: 64-bit run seed.
         global_batch: images of a step on all ranks together.
         rank, world_size: this process among those that train together.
-        device: where batches are to lie.
-        start_epoch, start_step: the first batch; as `load_state_dict`, without its checks.
+        device: where the batches go.
+        start_epoch, start_step: the first batch; like `load_state_dict`, without its checks.
         observer: sees the stages at work; see observe.py.
 
     Raises:
         ValueError, FileNotFoundError: what is wrong, and how to mend it.
     """
     device = torch.device(device)
-    height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
-    _check_sizes(height, width, patch_size, channels, global_batch, world_size, config.repeats)
-    feeder, fingerprint = open_feeder(
-        config,
-        aspect=width / height,
+    spec = BatchSpec(
+        size_hw=(image_size, image_size) if isinstance(image_size, int) else image_size,
+        patch_size=patch_size,
         channels=channels,
         seed=seed,
         global_batch=global_batch,
+        repeats=config.repeats,
         rank=rank,
         world_size=world_size,
-        observer=observer,
     )
-    make_decoder = functools.partial(_decoder, config, feeder, channels, device)
-    maker = BatchMaker(feeder, make_decoder, mask, (height, width), patch_size, device, config.colour_jitter)
+    feeder, fingerprint = open_feeder(config, spec, observer)
+    make_decoder = functools.partial(_make_decoder, config, feeder, device)
+    maker = BatchMaker(feeder, make_decoder, mask, spec, device, config.colour_jitter)
     loader = Loader(maker, config, fingerprint)
     loader.seek(start_epoch, start_step)
     return loader
 
 
-def _check_sizes(
-    height: int, width: int, patch_size: int, channels: int, global_batch: int, world_size: int, repeats: int
-) -> None:
-    _check_patches(height, width, patch_size)
-    if not 1 <= channels <= 8:
-        raise ValueError(f"channels must be 1 to 8, got {channels}")
-    if global_batch < 1 or global_batch % (world_size * repeats):
-        raise ValueError(
-            f"global batch {global_batch} must be a multiple of world size x data.repeats = {world_size} x {repeats}"
-        )
+def _has_dali() -> bool:
+    try:
+        return importlib.util.find_spec("nvidia.dali") is not None
+    except ModuleNotFoundError:  # no NVIDIA package at all: find_spec imports the parent package
+        return False
 
 
-def _check_patches(height: int, width: int, patch_size: int) -> None:
-    if height % patch_size or width % patch_size:
-        raise ValueError(f"image size {height} x {width} is no multiple of the patch size {patch_size}")
-
-
-def _decoder(
-    config: DataConfig, feeder: AnyFeeder, channels: int, device: torch.device, size_hw: tuple[int, int]
-) -> Decoder:
+def _make_decoder(config: DataConfig, feeder: AnyFeeder, device: torch.device, spec: BatchSpec) -> Decoder:
     workers = config.workers or len(os.sched_getaffinity(0))
     name = config.decoder
     if name == "auto":
-        name = "dali" if device.type == "cuda" and importlib.util.find_spec("nvidia.dali") else "cpu"
+        name = "dali" if device.type == "cuda" and _has_dali() else "cpu"
     if name == "dali":
-        if channels > 4:
-            raise ValueError(f"data.decoder=dali takes 1 to 4 channels, got {channels}: use data.decoder=cpu")
+        if spec.channels > 4:
+            raise ValueError(f"data.decoder=dali takes 1 to 4 channels, got {spec.channels}: use data.decoder=cpu")
         return DaliDecoder(
             feeder,
-            image_size=size_hw,
-            channels=channels,
+            image_size=spec.size_hw,
+            channels=spec.channels,
             interpolation=config.interpolation,
             workers=workers,
             batches_ahead=config.prefetch_batches,
@@ -298,16 +284,16 @@ def _decoder(
     if name == "resident":
         return ResidentDecoder(
             feeder,
-            image_size=size_hw,
-            channels=channels,
+            image_size=spec.size_hw,
+            channels=spec.channels,
             interpolation=config.interpolation,
             workers=workers,
             device=device,
         )
     return CpuDecoder(
         feeder,
-        image_size=size_hw,
-        channels=channels,
+        image_size=spec.size_hw,
+        channels=spec.channels,
         interpolation=config.interpolation,
         workers=workers,
         batches_ahead=config.prefetch_batches,

@@ -1,13 +1,15 @@
 """The loader's promises: the same batches for any number of ranks, after any restart, each sample once an epoch."""
 
 import json
+import sys
 
 import numpy as np
 import pytest
 import torch
 
 from patchmill.pipeline.config import MaskConfig
-from patchmill.pipeline.loader import DataConfig, build_loader
+from patchmill.pipeline.decode.cpu import CpuDecoder
+from patchmill.pipeline.loader import DataConfig, _has_dali, _make_decoder, build_loader
 from tests.support.photos import make_dataset
 
 SAMPLES, BATCH = 22, 8
@@ -225,5 +227,16 @@ def test_another_size_on_the_way_keeps_samples_and_draws(dataset, decoder):
         loader.set_image_size((64, 64))
         assert loader.state_dict()["step"] == 1
         assert take(loader, 1) == expected[5:]
-        with pytest.raises(ValueError, match="60 x 60 is no multiple of the patch size 8"):
+        with pytest.raises(ValueError, match="60 x 60 is not a multiple of the patch size 8"):
             loader.set_image_size((60, 60))
+
+
+def test_without_any_nvidia_package_the_cpu_decodes_for_a_gpu(dataset, monkeypatch):
+    monkeypatch.setitem(sys.modules, "nvidia", None)  # an import fails as if it were not installed
+    monkeypatch.delitem(sys.modules, "nvidia.dali", raising=False)
+    assert not _has_dali()
+    with open_loader(dataset) as loader:
+        config = DataConfig(path=str(dataset), workers=1)
+        decoder = _make_decoder(config, loader.maker.feeder, torch.device("cuda"), loader.maker.spec)
+    assert isinstance(decoder, CpuDecoder)
+    assert decoder.pin_memory

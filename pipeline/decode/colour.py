@@ -1,12 +1,12 @@
-"""decoded images -> [colour] -> batch: brightness, contrast and saturation, as a pure function of the sample.
+"""Jitters brightness, contrast and saturation as a pure function of the sample.
 
-The paper's Table 1e tries "crop + color jit" (and finds that it does not help). Factors are uniform in
-[1 - strength, 1 + strength] and applied in this order, always:
+The paper's Table 1e tries "crop + color jit" (and finds no gain). Factors are uniform in [1 - strength, 1 + strength]
+and always applied in this order:
 
     brightness b: x -> b x        contrast c: x -> c x + (1 - c) mean grey of the image
     saturation s: x -> s x + (1 - s) grey of the pixel
 
-Works on whatever device the images are on, after any decoder, so that all of them agree.
+Runs on the images' device after any decoder, with the same result.
 """
 
 import numpy as np
@@ -29,13 +29,13 @@ def jitter_factors(
 
 
 def jitter(images_BHWC: Tensor, factors_B3: Tensor) -> Tensor:
-    """Applies the factors; uint8 in and out. Saturation counts for images of three channels only."""
+    """Applies the factors; uint8 in and out. Saturation changes only images of three channels."""
     out = torch.empty_like(images_BHWC)
     for start in range(0, len(images_BHWC), IMAGES_AT_ONCE):
         rows = slice(start, start + IMAGES_AT_ONCE)
         brightness, contrast, saturation = factors_B3[rows, :, None, None, None].unbind(1)
         x = (images_BHWC[rows].float() * brightness).clamp(0, 255)
-        # a sum of whole numbers does not depend on how threads share it out
+        # an integer sum does not depend on how threads divide the work
         total = _grey(x).round().to(torch.int64).sum(dim=(1, 2, 3), keepdim=True)
         mean = (total / (x.shape[1] * x.shape[2])).float()
         x = (contrast * x + (1 - contrast) * mean).clamp(0, 255)

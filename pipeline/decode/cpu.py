@@ -1,4 +1,4 @@
-"""sample bytes, windows -> [decode_cpu] -> images: TurboJPEG and torch's resize in a thread pool.
+"""Decodes, crops and resizes images with TurboJPEG and torch in a thread pool.
 
 The reference for every other decoder, and the default without a GPU. Each window is resized with an antialiased bicubic
 (or bilinear) filter in 8 bits: Pillow's filter, rows first.
@@ -11,12 +11,11 @@ from concurrent.futures import Future
 import torch
 from torch import Tensor
 
-from patchmill.pipeline.plan.feed import StepPlan
-from patchmill.pipeline.plan.stream import AnyFeeder
+from patchmill.pipeline.plan.feed import AnyFeeder, StepPlan
 from patchmill.pipeline.read.image import ImageHWC, decode_image
 from patchmill.pipeline.read.threads import Pool
 
-CHUNK = 8  # samples of one task: large enough that handing it out costs nothing, small enough to share evenly
+CHUNK = 8  # samples of one task: enough to hide its overhead, few enough to share evenly between threads
 TORCH_GRAIN = 32768  # elements from which torch splits an operation over threads
 INTERPOLATIONS = {
     "bicubic": torch.ops.aten._upsample_bicubic2d_aa.out,
@@ -28,13 +27,13 @@ class CpuDecoder:
     """Decodes batches in a thread pool, several batches ahead.
 
     Args:
-        feeder: plans batches and gives their bytes.
+        feeder: plans batches and returns their bytes.
         image_size: height and width of the result.
-        channels: 1 to 4 from images; up to 8 from TIFFs that hold as many.
+        channels: 1 to 4 from images; up to 8 from TIFFs with as many.
         interpolation: "bicubic" or "bilinear"; both antialiased.
         workers: threads that read and decode.
-        batches_ahead: batches in work at once.
-        pin_memory: whether the result lies in page-locked memory, for the copy to a GPU.
+        batches_ahead: batches in work at the same time.
+        pin_memory: use page-locked memory, for the copy to a GPU.
     """
 
     def __init__(
@@ -51,7 +50,7 @@ class CpuDecoder:
         self.feeder = feeder
         self.shape = (feeder.local_batch, *image_size, channels)
         self.size_hw = list(image_size)
-        # Above this size torch hands part of the work to OpenMP threads, which then spin beside the decoders.
+        # above this size torch uses OpenMP threads, which then spin and take time from the decoding threads
         self.rows_at_once = max(1, TORCH_GRAIN // (image_size[1] * channels))
         self.resize = INTERPOLATIONS[interpolation]
         self.workers = workers
@@ -59,7 +58,7 @@ class CpuDecoder:
         self.pin_memory = pin_memory
 
     def batches(self, epoch: int, step: int) -> Iterator[tuple[StepPlan, Tensor]]:
-        """Yields plans and their images (uint8 `[B, H, W, C]`) from a step on, for ever."""
+        """Yields plans and their images (uint8 `[B, H, W, C]`) from a step on, without end."""
         ahead: deque[tuple[StepPlan, Tensor, list[Future]]] = deque()
         with Pool(self.workers, "patchmill-decode") as pool:
             for plan in self.feeder.plans(epoch, step):
@@ -87,9 +86,9 @@ class CpuDecoder:
                         self.cut(image, plan.windows_B4[row].tolist(), bool(plan.flips_B[row]), images_BHWC[row])
 
     def cut(self, image: ImageHWC, window: list[int], flip: bool, out_HWC: Tensor) -> None:
-        """Resizes a window (top, left, height, width) of an image to fill `out_HWC`, and mirrors it where asked."""
+        """Resizes a window (top, left, height, width) of an image into `out_HWC`, and mirrors it if `flip`."""
         top, left, height, width = window
-        # Permuted from NHWC with a batch axis, both sides look channels-last to torch: its fast path, without a copy.
+        # With the batch axis added first, torch sees channels-last memory on both sides: its fast path, without a copy.
         crop = image[None, top : top + height, left : left + width].transpose(0, 3, 1, 2)
         out = out_HWC[None].permute(0, 3, 1, 2)
         self.resize(torch.from_numpy(crop), self.size_hw, False, None, None, out=out)

@@ -1,13 +1,13 @@
-"""sample bytes, windows -> [decode_dali] -> images: NVIDIA DALI, on the GPU or on the CPU through the same graph.
+"""Decodes, crops and resizes images with NVIDIA DALI, on the GPU or with the same graph on the CPU.
 
-    index callable -> external_source -> decoders.image_slice (only the window) -> resize -> flip -> uint8 NHWC
+The graph: external_source, decoders.image_slice (only the window), resize, flip; the result is uint8 NHWC.
 
-DALI holds no random state and no order here: it asks for batch i and receives bytes, windows and flips, so that it
-agrees with every other decoder and restarts anywhere. The only file that imports DALI.
+DALI keeps no random state and no order: it asks for batch i and receives bytes, windows and flips. It therefore agrees
+with every other decoder and restarts anywhere. No other file imports DALI.
 
-DALI cannot skip an image: one that it rejects costs the whole batch. Images that are not plain 8-bit JPEG or PNG, which
-decoders disagree on, therefore reach it decoded (as binary PPM), and a batch that fails all the same is decoded on the
-host once. Channel counts other than 1 and 3 are decoded on the host too: DALI's "as stored" output is not safe (2.4.0
+DALI cannot skip an image: one that it rejects costs the whole batch. Images other than plain 8-bit JPEG and PNG, on
+which decoders disagree, therefore reach it decoded (as binary PPM), and a batch that still fails is decoded once more,
+on the host. Channel counts other than 1 and 3 are decoded on the host too: DALI's "as stored" output is not safe (2.4.0
 corrupted memory on a grey JPEG).
 """
 
@@ -23,25 +23,24 @@ from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
 from patchmill.pipeline.decode.cpu import CHUNK
-from patchmill.pipeline.plan.feed import StepPlan
-from patchmill.pipeline.plan.stream import AnyFeeder
+from patchmill.pipeline.plan.feed import AnyFeeder, StepPlan
 from patchmill.pipeline.read.image import decode_image, is_plain
 from patchmill.pipeline.read.threads import Pool
 
-HARDWARE_SHARE = 0.65  # of the images for the hardware JPEG engine, where there is one; the rest goes to CUDA kernels
+HARDWARE_SHARE = 0.65  # of the images for the hardware JPEG engine, where there is one; CUDA kernels take the rest
 
 
 class DaliDecoder:
     """Decodes batches with DALI.
 
     Args:
-        feeder: plans batches and gives their bytes.
+        feeder: plans batches and returns their bytes.
         image_size: height and width of the result.
         channels: 1 to 4.
         interpolation: "bicubic" or "bilinear"; both antialiased.
         workers: threads that read, and as many that decode what the GPU does not.
-        batches_ahead: batches in work at once.
-        device: where to decode; a CUDA device or the CPU.
+        batches_ahead: batches in work at the same time.
+        device: a CUDA device or the CPU.
     """
 
     def __init__(
@@ -75,7 +74,7 @@ class DaliDecoder:
                     try:
                         with self.feeder.observer.span("decode", self.feeder.local_batch):
                             outputs = pipeline.run(self._stream())
-                    except RuntimeError:  # an image that DALI rejects: this batch once more, decoded on the host
+                    except RuntimeError:  # DALI rejects an image: decode this batch again, on the host
                         if not source.delivered or on_host == source.delivered[0].place:
                             raise
                         epoch, step = on_host = source.delivered[0].place
@@ -86,7 +85,7 @@ class DaliDecoder:
         return torch.cuda.current_stream(self.device) if self.device.type == "cuda" else None
 
     def _joined(self, outputs: tuple) -> Tensor:
-        """Images of all repeats, the repeats of one sample next to each other."""
+        """Joins the images of all repeats, with the repeats of a sample next to each other."""
         if len(outputs) == 1:
             return from_dlpack(outputs[0].as_tensor())
         return torch.stack([from_dlpack(output.as_tensor()) for output in outputs], dim=1).flatten(0, 1)
@@ -136,7 +135,7 @@ class DaliDecoder:
 
 
 class _Source:
-    """What DALI's external_source calls with 0, 1, 2, ... for the next batch; `delivered` keeps the plans in order."""
+    """Feeds DALI's external_source, which calls it with 0, 1, 2, ...; `delivered` keeps the plans in order."""
 
     def __init__(
         self,
@@ -168,17 +167,15 @@ class _Source:
         return [samples, *(np.ascontiguousarray(draw) for draw in draws)]
 
     def _fetch(self, plan: StepPlan, lo: int) -> list[NDArray[np.uint8]]:
-        """What DALI gets for slots `lo` to `lo + CHUNK`: encoded bytes, or decoded windows where the host decodes."""
+        """DALI's input for slots `lo` to `lo + CHUNK`: encoded bytes, or decoded windows when the host decodes."""
         everything = plan.place == self.on_host
 
         def convert(data: bytes, size_hw: tuple[int, int]) -> Any:
             if self.decodes:
                 return decode_image(data, self.channels, size_hw)
-            return (
-                data
-                if is_plain(data, size_hw) and not everything
-                else as_ppm(decode_image(data, self.channels, size_hw))
-            )
+            if is_plain(data, size_hw) and not everything:
+                return data
+            return as_ppm(decode_image(data, self.channels, size_hw))
 
         samples = []
         for slot, data in enumerate(self.feeder.fetch(plan, lo, min(lo + CHUNK, self.feeder.local_slots)), start=lo):
@@ -186,14 +183,13 @@ class _Source:
             if not self.decodes:
                 samples.append(np.frombuffer(sample, np.uint8))
                 continue
-            for top, left, height, width in plan.windows_B4[slot * self.feeder.repeats :][
-                : self.feeder.repeats
-            ].tolist():
+            rows = slice(slot * self.feeder.repeats, (slot + 1) * self.feeder.repeats)
+            for top, left, height, width in plan.windows_B4[rows].tolist():
                 samples.append(np.ascontiguousarray(sample[top : top + height, left : left + width]))
         return samples
 
 
 def as_ppm(image_HWC: NDArray[np.uint8]) -> bytes:
-    """Pixels of 1 or 3 channels as a binary PGM or PPM file, which costs a copy and nothing to decode."""
+    """Writes pixels of 1 or 3 channels as a binary PGM or PPM file: a copy to write, nothing to decode."""
     height, width, channels = image_HWC.shape
     return b"P%d\n%d %d\n255\n" % (5 if channels == 1 else 6, width, height) + image_HWC.tobytes()

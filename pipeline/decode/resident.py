@@ -1,8 +1,8 @@
-"""sample bytes, windows -> [decode_resident] -> images: a small dataset, decoded once and kept on the device.
+"""Decodes a small dataset once, keeps it on the device, and makes each batch there.
 
-For images that all have one size and fit into the device's memory (CIFAR-10 is 154 MB). A batch is then a gather and
-two batched products: the antialiased filter along rows and along columns, written as matrices of its weights. Windows,
-flips and the replacement of bad samples are those of every decoder; no image is decoded twice.
+For images that all have one size and fit into the device's memory (CIFAR-10 is 154 MB). A batch is a gather and two
+batched products: the antialiased filter along rows and along columns, written as matrices of its weights. Windows,
+flips and replacements of bad samples are the same as with every decoder; no image is decoded twice.
 
 Shapes: N samples, B rows of a batch, H W the stored size, O the size asked for, C channels.
 """
@@ -13,8 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from patchmill.pipeline.plan.feed import Feeder, StepPlan
-from patchmill.pipeline.plan.stream import AnyFeeder
+from patchmill.pipeline.plan.feed import AnyFeeder, Feeder, StepPlan
 from patchmill.pipeline.read.image import ImageHWC, decode_image
 from patchmill.pipeline.read.shards import BadSample
 from patchmill.pipeline.read.threads import Pool
@@ -24,18 +23,18 @@ MAX_BYTES = 32 << 30  # of decoded images
 
 
 class ResidentDecoder:
-    """Makes batches from images that lie decoded on the device.
+    """Makes batches from decoded images on the device.
 
     Args:
-        feeder: plans batches and gives their bytes; of a packed dataset or a .beton file.
+        feeder: plans batches and returns their bytes; of a packed dataset or a .beton file.
         image_size: height and width of the result.
         channels: of the result.
         interpolation: "bicubic" or "bilinear"; both antialiased.
         workers: threads that read and decode, once.
-        device: where the images lie.
+        device: keeps the images.
 
     Raises:
-        ValueError: a stream, images of several sizes, or too many of them.
+        ValueError: the feeder is a stream, or images have several sizes or need more than MAX_BYTES.
     """
 
     def __init__(
@@ -57,7 +56,7 @@ class ResidentDecoder:
         self.bad_N = np.zeros(feeder.num_samples, dtype=np.bool_)
 
     def batches(self, epoch: int, step: int) -> Iterator[tuple[StepPlan, Tensor]]:
-        """Yields plans and their images (uint8 `[B, H, W, C]`, on the device) from a step on, for ever."""
+        """Yields plans and their images (uint8 `[B, H, W, C]`, on the device) from a step on, without end."""
         if self.images_NHCW is None:
             self.images_NHCW = self._read_all()
         for plan in self.feeder.plans(epoch, step):
@@ -83,14 +82,14 @@ class ResidentDecoder:
                     images_NHWC[index] = self._decode(data, self.size_hw)
                     continue
             except ValueError:
-                pass  # told, with its reason, when the order comes to it
+                pass  # recorded, with its reason, when the order reaches it
             images_NHWC[index], self.bad_N[index] = 0, True
 
     def _decode(self, data: bytes, size_hw: tuple[int, int]) -> ImageHWC:
         return decode_image(data, self.channels, size_hw)
 
     def _replace_bad(self, plan: StepPlan) -> None:
-        """Lets the feeder put another sample into the slot of each bad one, as it does for every decoder."""
+        """Has the feeder replace each bad sample, as for every decoder."""
         for slot in np.flatnonzero(self.bad_N[plan.sample_ids_B[:: self.feeder.repeats]]).tolist():
             (data,) = self.feeder.fetch(plan, slot, slot + 1)
             self.feeder.decoded(plan, slot, data, self._decode)
@@ -108,17 +107,17 @@ class ResidentDecoder:
         across_BOW = filter_weights(left_B, width_B, W, out_w, self.interpolation)
         across_BOW = torch.where(flip_B.bool()[:, None, None], across_BOW.flip(1), across_BOW)
         down_BOH = filter_weights(top_B, height_B, H, out_h, self.interpolation)
-        # 8 bits between the two passes, as Pillow and torch have them
+        # 8 bits between the two passes, as in Pillow and torch
         x_BHCO = (x_BHCW.float().view(B, H * C, W) @ across_BOW.mT).round_().clamp_(0, 255)
         x_BOCO = (down_BOH @ x_BHCO.view(B, H, C * out_w)).round_().clamp_(0, 255)
         return x_BOCO.to(torch.uint8).view(B, out_h, C, out_w).permute(0, 1, 3, 2).contiguous()
 
 
 def filter_weights(start_B: Tensor, length_B: Tensor, size: int, out: int, interpolation: str) -> Tensor:
-    """Weights that resize `length` pixels from `start` on to `out` pixels: fp32 `[B, out, size]`.
+    """Weights that resize the `length` pixels from `start` to `out` pixels: fp32 `[B, out, size]`.
 
-    Pillow's antialiased filters: a cubic of parameter -1/2 on [-2, 2] or a triangle on [-1, 1], widened where the
-    image shrinks, cut at the window's edges and normalised.
+    Pillow's antialiased filters: a cubic of parameter -1/2 on [-2, 2] or a triangle on [-1, 1], widened when the image
+    shrinks, cut at the window's edges and normalised.
 
     Example: start 1, length 2 of size 4 to 2 pixels gives the rows [0, 1, 0, 0] and [0, 0, 1, 0].
     """

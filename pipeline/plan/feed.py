@@ -1,11 +1,10 @@
-"""order, draws, shards -> [feed] -> decode_cpu, decode_dali: what each step trains on, and its bytes.
+"""Plans what each step trains on as a pure function of (epoch, step), and reads its bytes.
 
-Everything about a step is computed from (epoch, step): positions, sample indices, windows, flips. Reading is apart from
-planning, so that decoders can read parts of a batch from many threads; a sample that turns out bad is replaced here,
-for both decoders in the same way.
+A plan holds positions, sample indices, windows and flips. Reading is separate: decoders read parts of a batch from many
+threads. Bad samples are replaced here, in the same way for every decoder.
 
 Legend: G global batch, W ranks, K repeats, B = G / W rows of a rank's batch, U = B / K slots (decoded images).
-Slot u feeds rows u * K to (u + 1) * K, each with a window, flip and mask of its own.
+Slot u fills rows u * K to (u + 1) * K, each with its own window, flip and mask.
 """
 
 from collections.abc import Callable, Iterator
@@ -19,17 +18,18 @@ from patchmill.kernels.philox import STREAM_REPLACE, draw_numpy
 from patchmill.pipeline.observe import NOBODY, Observer
 from patchmill.pipeline.plan.draws import crop_windows, flips, framed_windows
 from patchmill.pipeline.plan.order import Order, WindowOrder
+from patchmill.pipeline.plan.spec import BatchSpec
 from patchmill.pipeline.read.quarantine import Quarantine
 from patchmill.pipeline.read.shards import BadSample
 
-ATTEMPTS = 100  # replacements tried for one slot; with the default limit on bad samples two are already rare
+ATTEMPTS = 100  # replacements tried for one slot; under the default limit on bad samples even two are rare
 
 Ids = NDArray[np.int64]
 Decoded = TypeVar("Decoded")
 
 
 class SampleStore(Protocol):
-    """Where encoded samples come from: ShardReader, or the FFCV file."""
+    """Encoded samples by index: ShardReader or BetonReader."""
 
     num_samples: int
     channels: int
@@ -53,7 +53,7 @@ class CropConfig:
         rule: of random crops: "torchvision" or "tf".
         scale, ratio: of random crops: range of the area's share and of width / height.
         fraction: of fixed and centre crops: share of the shorter side.
-        flip: whether half of the images are mirrored.
+        flip: mirror half of the images.
         aspect: width / height of the result.
     """
 
@@ -86,7 +86,7 @@ class CropConfig:
 
 @dataclass
 class StepPlan:
-    """What a step trains on. The arrays change only where a bad sample is replaced, before the batch is delivered."""
+    """What a step trains on. Replacing a bad sample changes its rows before the batch is delivered."""
 
     epoch: int
     step: int
@@ -106,20 +106,43 @@ class StepPlan:
         return self.epoch, self.step
 
 
+class AnyFeeder(Protocol):
+    """Plans the steps of one rank and returns their bytes: Feeder, or StreamFeeder for plain tars."""
+
+    seed: int
+    repeats: int
+    local_batch: int
+    local_slots: int
+    num_samples: int
+    steps_per_epoch: int
+    quarantine: Quarantine
+    observer: Observer
+
+    def plans(self, epoch: int, step: int) -> Iterator[StepPlan]: ...
+
+    def fetch(self, plan: StepPlan, lo: int, hi: int) -> list[bytes]: ...
+
+    def decoded(
+        self, plan: StepPlan, slot: int, data: bytes, decode: Callable[[bytes, tuple[int, int]], Decoded]
+    ) -> Decoded: ...
+
+    def close(self) -> None: ...
+
+
 class Feeder:
     """Plans the steps of one rank and reads their samples.
 
-    Rank r of W takes rows [r * G / W, (r + 1) * G / W) of each global batch, so that the union over ranks is the same
+    Rank r of W takes rows [r * G / W, (r + 1) * G / W) of each global batch: all ranks together train on the same rows
     for any W.
 
     Args:
         store: the samples.
-        order: of an epoch.
+        order: the order of an epoch.
         crop: how windows and flips are drawn.
-        quarantine: counts and names bad samples.
-        seed, global_batch, rank, world_size, repeats: as for the loader.
-        fill_last: whether the last, partial batch of an epoch is completed or dropped.
-        want: told which shards will be read soon (remote data).
+        quarantine: counts and lists bad samples.
+        spec: size of a batch, seed and rank.
+        fill_last: complete the last, partial batch of an epoch; else drop it.
+        want: called with the shards that will be read soon (remote data).
         observer: sees planning and reading, and what the decoders do.
     """
 
@@ -129,27 +152,21 @@ class Feeder:
         order: Order,
         crop: CropConfig,
         quarantine: Quarantine,
+        spec: BatchSpec,
         *,
-        seed: int,
-        global_batch: int,
-        rank: int,
-        world_size: int,
-        repeats: int,
         fill_last: bool,
         want: Callable[[list[int]], None] | None = None,
         observer: Observer = NOBODY,
     ) -> None:
-        self.observer = observer
         self.store, self.order, self.crop, self.quarantine = store, order, crop, quarantine
-        self.seed, self.global_batch, self.rank, self.repeats = seed, global_batch, rank, repeats
-        self.local_batch = global_batch // world_size
-        self.local_slots = self.local_batch // repeats
-        self.num_samples, self.want = store.num_samples, want
-        views = store.num_samples * repeats
-        self.steps_per_epoch = -(-views // global_batch) if fill_last else views // global_batch
+        self.spec, self.seed, self.repeats = spec, spec.seed, spec.repeats
+        self.local_batch, self.local_slots = spec.local_batch, spec.local_slots
+        self.num_samples, self.want, self.observer = store.num_samples, want, observer
+        images = store.num_samples * spec.repeats
+        self.steps_per_epoch = -(-images // spec.global_batch) if fill_last else images // spec.global_batch
 
     def plans(self, epoch: int, step: int) -> Iterator[StepPlan]:
-        """Plans from a step on, for ever."""
+        """Yields plans from a step on, without end."""
         while True:
             if step >= self.steps_per_epoch:
                 epoch, step = epoch + 1, 0
@@ -159,8 +176,8 @@ class Feeder:
             step += 1
 
     def plan(self, epoch: int, step: int) -> StepPlan:
-        """This rank's share of one step. The last batch of a filled epoch goes on with the epoch's first samples."""
-        start = step * self.global_batch + self.rank * self.local_batch
+        """This rank's part of one step. With `fill_last`, the epoch's first samples complete its last batch."""
+        start = step * self.spec.global_batch + self.spec.rank * self.local_batch
         positions_U = (start // self.repeats + np.arange(self.local_slots)) % self.store.num_samples
         ids_U = self.order.indices(epoch, positions_U)
         if self.want is not None and isinstance(self.order, WindowOrder):
@@ -183,7 +200,7 @@ class Feeder:
         )
 
     def fetch(self, plan: StepPlan, lo: int, hi: int) -> list[bytes]:
-        """Bytes of slots `lo` to `hi`; where a sample is bad, those of its replacement, which the plan then names."""
+        """Bytes of slots `lo` to `hi`. Replaces bad samples, in the plan too."""
         with self.observer.span("read", hi - lo):
             found = self.store.read(plan.sample_ids_B[lo * self.repeats : hi * self.repeats : self.repeats])
             return [
@@ -194,7 +211,7 @@ class Feeder:
     def decoded(
         self, plan: StepPlan, slot: int, data: bytes, decode: Callable[[bytes, tuple[int, int]], Decoded]
     ) -> Decoded:
-        """`decode(data, (height, width))`; where that raises ValueError, the sample is bad and is replaced."""
+        """Returns `decode(data, (height, width))`; when it raises ValueError, the sample is bad and is replaced."""
         while True:
             row = slot * self.repeats
             try:
@@ -208,9 +225,9 @@ class Feeder:
         self.store.close()
 
     def _replacement(self, plan: StepPlan, slot: int, bad: BadSample) -> bytes:
-        """Records a bad sample and puts another into its slot: the first good one of the `replace` stream.
+        """Records a bad sample and puts the first good one of the `replace` stream into its slot.
 
-        The stream is drawn by (seed, epoch, position in the epoch, attempt), so that every rank layout agrees. Window,
+        The stream is keyed by (seed, epoch, position in the epoch, attempt), the same for any number of ranks. Window,
         flip and mask follow the replacement's own index.
         """
         self.quarantine.record(bad)
@@ -228,7 +245,7 @@ class Feeder:
         raise ValueError(f"no good sample in {ATTEMPTS} draws for position {position} of epoch {plan.epoch}")
 
     def _put(self, plan: StepPlan, slot: int, index: int) -> None:
-        """Lets a slot hold another sample: its index, size, label, windows and flips."""
+        """Writes another sample into a slot: its index, size, label, windows and flips."""
         rows = slice(slot * self.repeats, (slot + 1) * self.repeats)
         ids_K, repeats_K = np.full(self.repeats, index), plan.repeats_B[rows]
         heights_K, widths_K, labels_K = self.store.describe(ids_K)

@@ -1,8 +1,8 @@
-"""data.path -> [source] -> loader: opens whatever the path names, as a feeder of planned steps.
+"""Opens whatever data.path names as a feeder of planned steps.
 
 folder, or URL of a folder    packed dataset: every promise holds
 file.beton                    FFCV's file: every promise but checksums
-tars: {000..146}.tar          plain WebDataset stream: no global order, resumes only on as many ranks (stream_wds.py)
+tars: {000..146}.tar          plain WebDataset stream: no global order, resumes on as many ranks only (stream.py)
 """
 
 import hashlib
@@ -11,9 +11,10 @@ from typing import Any
 
 from patchmill.pipeline.config import DataConfig
 from patchmill.pipeline.observe import Observer
-from patchmill.pipeline.plan.feed import CropConfig, Feeder, SampleStore
+from patchmill.pipeline.plan.feed import AnyFeeder, CropConfig, Feeder, SampleStore
 from patchmill.pipeline.plan.order import EpochOrder, Order, SequentialOrder, WindowOrder
-from patchmill.pipeline.plan.stream import AnyFeeder, StreamFeeder, count_samples
+from patchmill.pipeline.plan.spec import BatchSpec
+from patchmill.pipeline.plan.stream import StreamFeeder, count_samples
 from patchmill.pipeline.read.beton import BetonReader
 from patchmill.pipeline.read.manifest import open_dataset
 from patchmill.pipeline.read.quarantine import Quarantine
@@ -24,48 +25,34 @@ from patchmill.pipeline.read.urls import expand_braces, is_url, redact
 GIB = 1 << 30
 
 
-def open_feeder(
-    config: DataConfig,
-    *,
-    aspect: float,
-    channels: int,
-    seed: int,
-    global_batch: int,
-    rank: int,
-    world_size: int,
-    observer: Observer,
-) -> tuple[AnyFeeder, dict[str, Any]]:
+def open_feeder(config: DataConfig, spec: BatchSpec, observer: Observer) -> tuple[AnyFeeder, dict[str, Any]]:
     """Opens the data.
 
-    Args:
-        aspect: width / height of the images to be made.
-        channels: of the images to be made.
-
     Returns:
-        The feeder, and what its order depends on, by name: a run goes on only where these are the same.
+        The feeder, and everything that its order depends on, by name: a run resumes only where all of it is the same.
 
     Raises:
         ValueError, OSError: what is wrong, and how to mend it.
     """
     if not config.path:
-        raise ValueError("data.path is not set: give the folder that `patchmill shard` wrote")
+        raise ValueError("data.path is not set: give a folder that `patchmill shard` wrote")
     crop = CropConfig(
-        config.crop, config.crop_rule, config.scale, config.ratio, config.crop_fraction, config.flip, aspect
+        config.crop, config.crop_rule, config.scale, config.ratio, config.crop_fraction, config.flip, spec.aspect
     )
-    place = {"seed": seed, "global_batch": global_batch, "repeats": config.repeats}
-    ranks = {"rank": rank, "world_size": world_size}
     if config.path.startswith("pipe:") or redact(config.path).endswith(".tar"):
-        return _open_stream(config, crop, channels, place, ranks, observer)
+        return _open_stream(config, crop, spec, observer)
     store, shards, cache = _open_store(config, observer)
-    if channels != store.channels and not {channels, store.channels} <= {1, 3, 4}:
-        raise ValueError(f"{redact(config.path)} holds images of {store.channels} channels; the model takes {channels}")
-    if config.last_batch == "drop" and store.num_samples * config.repeats < global_batch:
+    if spec.channels != store.channels and not {spec.channels, store.channels} <= {1, 3, 4}:
+        raise ValueError(
+            f"{redact(config.path)} holds images of {store.channels} channels; the model takes {spec.channels}"
+        )
+    if config.last_batch == "drop" and store.num_samples * spec.repeats < spec.global_batch:
         raise ValueError(
             f"{redact(config.path)} has {store.num_samples} samples, which do not fill one global batch of "
-            f"{global_batch}: use a smaller batch, or data.last_batch=fill"
+            f"{spec.global_batch}: use a smaller batch, or data.last_batch=fill"
         )
     shuffle = config.shuffle if config.shuffle != "auto" else "window" if cache else "global"
-    order = _order(shuffle, config.window_shards, shards, store.num_samples, seed)
+    order = _order(shuffle, config.window_shards, shards, store.num_samples, spec.seed)
     if cache is not None:
         cache.require_room(config.window_shards if isinstance(order, WindowOrder) else len(shards))
     feeder = Feeder(
@@ -73,15 +60,14 @@ def open_feeder(
         order,
         crop,
         _quarantine(config, store.num_samples),
-        **place,
-        **ranks,
+        spec,
         fill_last=config.last_batch == "fill",
         want=cache.want if cache else None,
         observer=observer,
     )
     fingerprint = {
         "dataset": store.fingerprint,
-        **place,
+        **_named(spec),
         "shuffle": shuffle,
         "window_shards": config.window_shards if shuffle == "window" else 0,
         "last_batch": config.last_batch,
@@ -90,7 +76,7 @@ def open_feeder(
 
 
 def _open_store(config: DataConfig, observer: Observer) -> tuple[SampleStore, list[int], ShardCache | None]:
-    """(store, samples of each shard, cache of a remote dataset)."""
+    """Returns (store, samples in each shard, cache of a remote dataset)."""
     if is_url(config.path):
         folder = Path(config.cache_dir or "~/.cache/patchmill").expanduser()
         dataset, cache = open_remote_dataset(config.path, folder, int(config.cache_limit_gib * GIB))
@@ -104,25 +90,19 @@ def _open_store(config: DataConfig, observer: Observer) -> tuple[SampleStore, li
 
 
 def _open_stream(
-    config: DataConfig,
-    crop: CropConfig,
-    channels: int,
-    place: dict[str, int],
-    ranks: dict[str, int],
-    observer: Observer,
+    config: DataConfig, crop: CropConfig, spec: BatchSpec, observer: Observer
 ) -> tuple[StreamFeeder, dict[str, Any]]:
     urls = expand_braces(config.path)
     if any(url.startswith("pipe:") for url in urls) and not config.allow_pipe:
-        raise ValueError("pipe: URLs run shell commands: allow them with data.allow_pipe if you wrote them yourself")
+        raise ValueError("pipe: URLs run shell commands: if you trust them, allow them with data.allow_pipe")
     samples = config.samples_per_epoch or count_samples(urls)
-    if not 1 <= channels <= 4:
-        raise ValueError(f"plain tars hold images of 1 to 4 channels; the model takes {channels}: pack them first")
+    if not 1 <= spec.channels <= 4:
+        raise ValueError(f"plain tars hold images of 1 to 4 channels; the model takes {spec.channels}: pack them first")
     feeder = StreamFeeder(
         urls,
         crop,
         _quarantine(config, samples),
-        **place,
-        **ranks,
+        spec,
         samples_per_epoch=samples,
         shuffle_buffer=1 if config.shuffle == "none" else config.shuffle_buffer,
         shuffle_shards=config.shuffle != "none",
@@ -132,12 +112,17 @@ def _open_stream(
     names = "\n".join(redact(url) for url in urls)
     fingerprint = {
         "dataset": hashlib.sha256(names.encode()).hexdigest(),
-        **place,
+        **_named(spec),
         "samples_per_epoch": samples,
         "shuffle_buffer": feeder.shuffle_buffer,
-        "world_size": ranks["world_size"],
+        "world_size": spec.world_size,
     }
     return feeder, fingerprint
+
+
+def _named(spec: BatchSpec) -> dict[str, int]:
+    """What the order of every kind of data depends on."""
+    return {"seed": spec.seed, "global_batch": spec.global_batch, "repeats": spec.repeats}
 
 
 def _quarantine(config: DataConfig, num_samples: int) -> Quarantine:

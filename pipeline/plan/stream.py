@@ -1,9 +1,9 @@
-"""plain WebDataset tars -> [stream_wds] -> decoders: a stream of samples without a manifest, from any URL.
+"""Streams samples from plain WebDataset tars without a manifest, from any path or URL.
 
-For data that cannot be packed or indexed first. Crops, flips and masks are as everywhere, keyed by a hash of shard name
-and key. What a stream cannot promise: samples are mixed only within a buffer; rank r reads the shards r, r + W, ..., so
-that batches depend on the number of ranks; resuming reads past what was used, on as many ranks as before; nothing is
-checked against a checksum. A tar that is damaged or cut ends the run by name: no reader can tell what it lost.
+For data that cannot be packed or indexed first. Crops, flips and masks are drawn as everywhere, keyed by a hash of
+shard name and key. A stream has limits: it shuffles only within a buffer; rank r reads the shards r, r + W, ..., and
+batches depend on the number of ranks; resuming reads past used samples and needs the same number of ranks; there are no
+checksums. A damaged or cut tar stops the run with its name: no reader can tell what it lost.
 """
 
 import hashlib
@@ -21,8 +21,9 @@ from numpy.typing import NDArray
 
 from patchmill.kernels.philox import STREAM_ORDER, STREAM_REPLACE, draw_numpy
 from patchmill.pipeline.observe import NOBODY, Observer
-from patchmill.pipeline.plan.feed import CropConfig, Decoded, Feeder, StepPlan
+from patchmill.pipeline.plan.feed import CropConfig, Decoded, StepPlan
 from patchmill.pipeline.plan.order import EpochOrder
+from patchmill.pipeline.plan.spec import BatchSpec
 from patchmill.pipeline.read.connection import open_stream
 from patchmill.pipeline.read.image import displayed_size
 from patchmill.pipeline.read.image_headers import IMAGE_EXTENSIONS
@@ -34,13 +35,13 @@ from patchmill.pipeline.read.urls import beside, redact
 
 log = logging.getLogger(__name__)
 
-BUFFER_BLOCK = 1 << 16  # of the `order` stream: places in the shuffle buffer; shards use the first blocks
+BUFFER_BLOCK = 1 << 16  # of the `order` stream, for places in the shuffle buffer; shards use the first blocks
 ATTEMPTS = 100
-AT_ONCE, QUEUED = 16, 16  # samples that the reading thread hands over together, and how many such groups wait
+AT_ONCE, QUEUED = 16, 16  # samples in a group that the reading thread hands over, and groups that it reads ahead
 
 
 class Sample(NamedTuple):
-    """One image of the stream: hash of shard name and key (63 bits), where it lies, bytes, label, displayed size."""
+    """One image: hash of shard name and key (63 bits), its place for people, bytes, label, displayed size."""
 
     sample_id: int
     where: str
@@ -52,7 +53,7 @@ class Sample(NamedTuple):
 
 @dataclass
 class StreamPlan(StepPlan):
-    """A step's plan together with its samples, which came with the stream."""
+    """A step's plan together with its samples."""
 
     samples_U: list[Sample] = field(default_factory=list)
 
@@ -60,7 +61,7 @@ class StreamPlan(StepPlan):
 class StreamFeeder:
     """Plans the steps of one rank from a stream of tars; the counterpart of Feeder.
 
-    An epoch is `samples_per_epoch` samples by declaration, the same on every rank; shards start over if they hold less.
+    An epoch has `samples_per_epoch` samples on all ranks together; a rank whose shards hold fewer reads them again.
     """
 
     def __init__(
@@ -68,44 +69,38 @@ class StreamFeeder:
         urls: list[str],
         crop: CropConfig,
         quarantine: Quarantine,
+        spec: BatchSpec,
         *,
-        seed: int,
-        global_batch: int,
-        rank: int,
-        world_size: int,
-        repeats: int,
         samples_per_epoch: int,
         shuffle_buffer: int,
         shuffle_shards: bool,
         timeout_seconds: float,
         observer: Observer = NOBODY,
     ) -> None:
-        self.observer = observer
-        if world_size > len(urls):
+        if spec.world_size > len(urls):
             raise ValueError(
-                f"{len(urls)} shards cannot be shared by {world_size} ranks: each rank needs one of its own"
+                f"{len(urls)} shards cannot be shared by {spec.world_size} ranks: use as many shards, or fewer ranks"
             )
-        if samples_per_epoch * repeats < global_batch:
+        if samples_per_epoch * spec.repeats < spec.global_batch:
             raise ValueError(
-                f"an epoch of {samples_per_epoch} samples does not fill one global batch of {global_batch}"
+                f"an epoch of {samples_per_epoch} samples does not fill one global batch of {spec.global_batch}"
             )
-        self.urls, self.crop, self.quarantine = urls, crop, quarantine
-        self.seed, self.rank, self.world_size, self.repeats = seed, rank, world_size, repeats
-        self.local_batch = global_batch // world_size
-        self.local_slots = self.local_batch // repeats
+        self.urls, self.crop, self.quarantine, self.observer = urls, crop, quarantine, observer
+        self.seed, self.repeats, self.rank, self.world_size = spec.seed, spec.repeats, spec.rank, spec.world_size
+        self.local_batch, self.local_slots = spec.local_batch, spec.local_slots
         self.num_samples = samples_per_epoch
-        self.steps_per_epoch = samples_per_epoch * repeats // global_batch
+        self.steps_per_epoch = samples_per_epoch * spec.repeats // spec.global_batch
         self.shuffle_buffer, self.shuffle_shards = shuffle_buffer, shuffle_shards
         self.timeout_seconds = timeout_seconds
         log.warning(
-            "%s: plain tars give no global order, no checksums, and resume only on %d rank(s), by reading past used "
-            "samples; `patchmill index` or `patchmill shard` once gives all of these",
+            "%s: plain tars have no global order and no checksums, and resume only on %d rank(s), by reading past used "
+            "samples; run `patchmill index` or `patchmill shard` once to get all of these",
             redact(urls[0]),
-            world_size,
+            self.world_size,
         )
 
     def plans(self, epoch: int, step: int) -> Iterator[StreamPlan]:
-        """Plans from a step on, for ever; a thread of its own reads the tars ahead."""
+        """Yields plans from a step on, without end; a separate thread reads the tars ahead."""
         while True:
             if step >= self.steps_per_epoch:
                 epoch, step = epoch + 1, 0
@@ -129,7 +124,7 @@ class StreamFeeder:
     def decoded(
         self, plan: StepPlan, slot: int, data: bytes, decode: Callable[[bytes, tuple[int, int]], Decoded]
     ) -> Decoded:
-        """`decode(data, (height, width))`; where that raises ValueError, another sample of the batch takes the slot."""
+        """Returns `decode(data, (height, width))`; when it raises ValueError, another sample of the batch is used."""
         assert isinstance(plan, StreamPlan)
         sample = plan.samples_U[slot]
         for attempt in range(ATTEMPTS):
@@ -141,12 +136,12 @@ class StreamFeeder:
             word = int(draw_numpy(self.seed, STREAM_REPLACE, attempt, position, plan.epoch)[0])
             sample = plan.samples_U[word * self.local_slots >> 32]
             rows = slice(slot * self.repeats, (slot + 1) * self.repeats)
-            plan.repeats_B[rows] += self.repeats  # other draws than where this sample stands already
+            plan.repeats_B[rows] += self.repeats  # other draws than at this sample's own slot
             self._draw(plan, rows, [sample] * self.repeats)
         raise ValueError(f"no sample of step {plan.step} of epoch {plan.epoch} can be decoded")
 
     def close(self) -> None:
-        """Nothing is held between iterations."""
+        """Does nothing: no file stays open between iterations."""
 
     def _plan(self, epoch: int, step: int, samples: list[Sample]) -> StreamPlan:
         rows = self.local_batch
@@ -169,7 +164,7 @@ class StreamFeeder:
         return plan
 
     def _draw(self, plan: StreamPlan, rows: slice, samples: list[Sample]) -> None:
-        """Fills rows of a plan with samples and their draws."""
+        """Writes samples and their draws into rows of a plan."""
         ids, repeats = np.array([sample.sample_id for sample in samples], dtype=np.int64), plan.repeats_B[rows]
         heights = np.array([sample.height for sample in samples])
         widths = np.array([sample.width for sample in samples])
@@ -184,7 +179,7 @@ class StreamFeeder:
             yield group
 
     def _shuffled(self, epoch: int) -> Iterator[Sample]:
-        """This rank's samples for an epoch, mixed within a buffer that is emptied at the end of each pass, for ever."""
+        """Yields this rank's samples without end, shuffled in a buffer that is emptied at the end of each pass."""
         places = self._places(epoch)
         for number in count():
             buffer: list[Sample] = []
@@ -196,13 +191,13 @@ class StreamFeeder:
                 yield _take(buffer, next(places))
 
     def _places(self, epoch: int) -> Iterator[int]:
-        """Words that choose from the buffer."""
+        """Yields the words that choose from the buffer."""
         for start in count(0, 1024):
             words = draw_numpy(self.seed, STREAM_ORDER, BUFFER_BLOCK, np.arange(start, start + 1024), epoch, self.rank)
             yield from words[:, 0].tolist()
 
     def _pass(self, epoch: int, number: int) -> Iterator[Sample]:
-        """This rank's shards once, in the epoch's order."""
+        """Yields the samples of this rank's shards once, in the epoch's order."""
         order: NDArray = np.arange(len(self.urls))
         if self.shuffle_shards:
             order = EpochOrder(len(self.urls), self.seed).indices(epoch, order)
@@ -212,7 +207,7 @@ class StreamFeeder:
                 found += 1
                 yield sample
         if not found:
-            raise ValueError(f"no image in pass {number} over {len(self.urls)} tars such as {redact(self.urls[0])}")
+            raise ValueError(f"no image in pass {number} over {len(self.urls)} tars, such as {redact(self.urls[0])}")
 
     def _shard(self, url: str) -> Iterator[Sample]:
         name = redact(url)
@@ -228,13 +223,13 @@ class StreamFeeder:
                 ) from None
 
     def _sample(self, shard: str, key: str, parts: dict[str, bytes]) -> Sample | None:
-        """A sample of the tar, or None for one that goes to the quarantine."""
+        """A sample of the tar, or None for a bad one, which is recorded."""
         where = f"{shard}:{key}"
         digest = hashlib.blake2b(f"{shard.rpartition('/')[2]}/{key}".encode("utf-8", "replace"), digest_size=8).digest()
         index = int.from_bytes(digest, "little") >> 1
         data = next((parts[extension] for extension in IMAGE_EXTENSIONS if extension in parts), None)
         if data is None:
-            self.quarantine.record(BadSample(index, where, f"holds no image, only {', '.join(sorted(parts))}"))
+            self.quarantine.record(BadSample(index, where, f"contains no image, only {', '.join(sorted(parts))}"))
             return None
         try:
             height, width = displayed_size(data)
@@ -244,11 +239,8 @@ class StreamFeeder:
         return Sample(index, where, data, label_of(parts), height, width)
 
 
-AnyFeeder = Feeder | StreamFeeder
-
-
 def label_of(parts: dict[str, bytes]) -> int:
-    """The label of a sample: its .cls, or `label` in its .json; -1 where neither holds a number."""
+    """The label of a sample: its .cls, or `label` in its .json; -1 when neither is a number."""
     try:
         if "cls" in parts:
             return int(parts["cls"])
@@ -260,25 +252,25 @@ def label_of(parts: dict[str, bytes]) -> int:
 
 
 def count_samples(urls: list[str]) -> int:
-    """Samples of tars by the DALI indexes beside them (`v1.2 N` in the first line); ValueError where one is missing."""
+    """Counts the samples of tars by their DALI indexes (first line `v1.2 N`). Raises ValueError when one is missing."""
     total = 0
     for url in urls:
         if url.startswith("pipe:"):
-            raise ValueError("say how many samples are an epoch: data.samples_per_epoch")
+            raise ValueError("set the number of samples of an epoch: data.samples_per_epoch")
         index = beside(url, ".idx")
         try:
             with open_stream(index) as file:
                 total += int(io.BytesIO(file.read(64)).readline().split()[1])
         except (FileNotFoundError, ValueError, IndexError):
             raise ValueError(
-                f"{redact(index)} does not say how many samples the tar holds: set data.samples_per_epoch, or make "
+                f"{redact(index)} does not give the number of samples: set data.samples_per_epoch, or make "
                 "indexes with `patchmill index`"
             ) from None
     return total
 
 
 def _take(buffer: list[Sample], word: int) -> Sample:
-    """Takes the sample at a random place, filling the gap with the last."""
+    """Takes the sample at a random place and fills the gap with the last one."""
     place = word * len(buffer) >> 32
     buffer[place], buffer[-1] = buffer[-1], buffer[place]
     return buffer.pop()

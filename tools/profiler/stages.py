@@ -16,8 +16,7 @@ from torch import Tensor
 from patchmill.pipeline.decode.cpu import CHUNK, CpuDecoder
 from patchmill.pipeline.decode.resident import ResidentDecoder
 from patchmill.pipeline.loader import Loader
-from patchmill.pipeline.plan.feed import StepPlan
-from patchmill.pipeline.plan.stream import AnyFeeder
+from patchmill.pipeline.plan.feed import AnyFeeder, StepPlan
 from patchmill.pipeline.read.manifest import ImageFormat
 from patchmill.pipeline.read.shards import ShardReader, fault
 from patchmill.tools.profiler.spans import BATCH, COPY, DECODE, FETCH, PLAN, RESIZE, TASK, open_loader, watch
