@@ -1,7 +1,7 @@
-"""decode, masks -> [batch] -> training step: what a step receives.
+"""Defines the batch that a training step receives.
 
-Ownership: a batch's tensors belong to whoever holds the batch. The loader never writes into them again, so that a batch
-may be kept, compared or copied at leisure; dropping it gives the memory back.
+A batch's tensors belong to whoever holds the batch: the loader never writes into them again. A batch can be kept and
+compared; dropping it frees its memory.
 """
 
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from patchmill.pipeline.plan.masks import MaskPlan
 
 @dataclass(frozen=True)
 class Batch:
-    """One rank's share of a global batch, on the training device and ordered after the current stream.
+    """One rank's part of a global batch, on the training device; the current stream waits until it is ready.
 
     Attributes:
         images: uint8 `[B, H, W, C]`, cropped, resized and perhaps flipped; not normalised.

@@ -168,12 +168,12 @@ def kept_patches(num_patches: int, mask_ratio: float) -> int:
 
 
 def check_choices(config: Any, section: str) -> None:
-    """Checks every field of a dataclass whose type is a Literal.
+    """Checks the fields of a dataclass that have a Literal type.
 
     Args:
-        section: what the config is called on the command line, as in `data` of `--data.decoder`.
+        section: the config's name on the command line, such as `data` in `--data.decoder`.
     Raises:
-        ValueError: another value than the type lists.
+        ValueError: a value that the type does not list.
     """
     for name, hint in get_type_hints(type(config)).items():
         choices, value = get_args(hint), getattr(config, name)

@@ -95,7 +95,7 @@ def test_decoders_agree(written_by_ffcv):
 def test_a_cut_file_is_refused(written_by_ffcv, tmp_path, cut):
     path = tmp_path / "cut.beton"
     path.write_bytes(written_by_ffcv.read_bytes()[:cut])
-    with pytest.raises(ValueError, match=r"cut\.beton is no \.beton file"):
+    with pytest.raises(ValueError, match=r"cut\.beton is not a \.beton file"):
         open_loader(path)
 
 

@@ -108,7 +108,7 @@ def test_a_fault_that_passes_is_not_noticed(dataset, expected, tmp_path, fault):
 
 
 @pytest.mark.parametrize(("fault", "reason"), [("cut", "could not be fetched in 5 attempts"), ("500", "5 attempts"),
-                                               ("wrong", "not those of the manifest's sha256")])  # fmt: skip
+                                               ("wrong", "sha256 differs from the manifest's")])  # fmt: skip
 def test_a_fault_that_stays_stops_the_run_by_name(dataset, tmp_path, fault, reason):
     with serve(dataset) as server:
         for path in dataset.glob("*.tar"):

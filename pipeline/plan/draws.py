@@ -1,7 +1,7 @@
-"""order -> [draws] -> decode: crop window and flip of a sample, as pure functions.
+"""Draws crop windows and flips as pure functions of (seed, epoch, sample index, repeat).
 
-A draw depends on (seed, epoch, sample index, repeat) and on the image's displayed size, and on nothing else: not on the
-decoder, the batch, the rank or the restart. All draws of a batch come from a handful of array operations.
+A window also depends on the image's displayed size, and nothing else counts: not the decoder, the batch, the rank or a
+restart. A few array operations make all draws of a batch.
 
 Legend: B samples; windows are (top, left, height, width) in pixels of the displayed image (EXIF orientation applied).
 """
@@ -14,7 +14,7 @@ from patchmill.kernels.philox import STREAM_CROP, STREAM_FLIP, draw_numpy, unifo
 Ids = NDArray[np.int64]
 Windows = NDArray[np.int32]
 
-TRIES = 10  # of the `torchvision` rule before it gives up and takes the centre
+TRIES = 10  # of the `torchvision` rule before it takes the centre
 
 
 def crop_windows(
@@ -31,13 +31,13 @@ def crop_windows(
 ) -> Windows:
     """Random-resized-crop windows.
 
-    A try draws an area uniform in `scale` times the image's area and an aspect (width / height) log-uniform in
-    `ratio`. Rule `torchvision` (the published PyTorch pretraining) places the first of ten tries that fits uniformly,
-    else takes the centre; rule `tf` (the paper's TF code and the published linear probe) makes one try and cuts it to
+    A try draws an area uniform in `scale` times the image's area, and an aspect (width / height) log-uniform in
+    `ratio`. Rule `torchvision` (the published PyTorch pretraining) takes the first of ten tries that fits, at a uniform
+    place, else the centre. Rule `tf` (the paper's TF code and the published linear probe) makes one try and cuts it to
     the image.
 
     Args:
-        sample_ids_B: int64 `[B]`; the low 32 bits count.
+        sample_ids_B: int64 `[B]`; only the low 32 bits are used.
         heights_B, widths_B: integer `[B]`, displayed size of each image.
         rule: "torchvision" or "tf".
         repeats_B: number of the repeat, for repeated augmentation.
@@ -52,7 +52,7 @@ def crop_windows(
     if rule == "tf":
         return _place(words_B4, np.clip(size_B2, 1, np.stack([height, width], -1)), height, width)
     if rule != "torchvision":
-        raise ValueError(f"crop rule {rule!r} is none of: torchvision, tf")
+        raise ValueError(f"crop rule must be one of torchvision, tf, got {rule!r}")
     windows_B4 = _place(words_B4, size_B2, height, width)
     again = np.flatnonzero(~_fits(size_B2, height, width))
     if again.size:
@@ -74,10 +74,10 @@ def framed_windows(
     centre: bool,
     repeats_B: ArrayLike = 0,
 ) -> Windows:
-    """Windows of a fixed relative size: the largest of the target's aspect that fits, times `fraction`.
+    """Windows of a fixed relative size: the largest that fits with the target's aspect, times `fraction`.
 
-    `fraction` 224/256 is the usual "resize the shorter side to 256, crop 224". With `centre` it is the paper's "none"
-    of Table 1e (and evaluation); without, its "fixed size": the position is uniform.
+    `fraction` 224/256 is the usual "resize the shorter side to 256, crop 224". With `centre` this is "none" in the
+    paper's Table 1e (and in evaluation); without, it is "fixed size": the position is uniform.
 
     Returns:
         int32 `[B, 4]`: top, left, height, width.
@@ -106,7 +106,7 @@ def _later_tries(
     ratio: tuple[float, float],
     repeats_B: NDArray,
 ) -> Windows:
-    """Windows of samples whose first try did not fit: the first of tries 2 to 10 that does, else the centre."""
+    """Windows of samples whose first try does not fit: the first of tries 2 to 10 that fits, else the centre."""
     blocks = np.arange(1, TRIES)
     words_BT4 = draw_numpy(seed, STREAM_CROP, blocks, sample_ids_B[:, None], epoch, repeats_B[:, None])
     size_BT2 = _crop_size(words_BT4, height[:, None], width[:, None], scale, ratio)
@@ -119,7 +119,7 @@ def _later_tries(
 
 
 def _crop_size(words: NDArray, height: NDArray, width: NDArray, scale: tuple, ratio: tuple) -> NDArray[np.float64]:
-    """(height, width) of a try, rounded half to even like Python's round; float64 `[..., 2]`. May exceed the image."""
+    """(height, width) of a try, rounded half to even as Python does; float64 `[..., 2]`. May exceed the image."""
     area = height * width * (scale[0] + (scale[1] - scale[0]) * uniform_numpy(words[..., 0]))
     low, high = np.log(ratio[0]), np.log(ratio[1])
     aspect = np.exp(low + (high - low) * uniform_numpy(words[..., 1]))
@@ -131,14 +131,14 @@ def _fits(size: NDArray, height: NDArray, width: NDArray) -> NDArray[np.bool_]:
 
 
 def _clamped_size(height: NDArray, width: NDArray, ratio: tuple[float, float]) -> NDArray[np.float64]:
-    """The whole image, cut to the nearest allowed aspect: torchvision's answer when no try fits."""
+    """The whole image, cut to the nearest allowed aspect: torchvision's result when no try fits."""
     crop_height = np.minimum(height, np.rint(width / ratio[0]))
     crop_width = np.minimum(width, np.rint(height * ratio[1]))
     return np.maximum(np.stack([crop_height, crop_width], -1), 1)
 
 
 def _place(words: NDArray, size: NDArray, height: NDArray, width: NDArray) -> Windows:
-    """Puts windows of `size` uniformly into their images with words 2 and 3; sizes that do not fit give garbage."""
+    """Places windows of `size` uniformly with words 2 and 3. Sizes that do not fit give garbage, not an error."""
     room = np.maximum(np.stack([height, width], -1) - size + 1, 1).astype(np.int64)
     corner = (words[..., 2:].astype(np.int64) * room) >> 32
     return np.concatenate([corner, size], axis=-1).astype(np.int32)

@@ -1,9 +1,9 @@
-"""sample indices -> [masks] -> model: which patches of each image are kept, and which are masked.
+"""Draws which patches of each image are kept and which are masked.
 
 Legend: B images, L patches, K kept, M masked (K + M = L). `ids_restore` undoes the concatenation of kept and masked:
 
     L = 4, ids_keep = [2, 0], ids_mask = [3, 1]   ->   ids_restore = [1, 3, 0, 2]
-    patch 0 stands at place 1 of [2, 0, 3, 1], patch 1 at place 3, patch 2 at place 0, patch 3 at place 2.
+    patch 0 is at place 1 of [2, 0, 3, 1], patch 1 at place 3, patch 2 at place 0, patch 3 at place 2.
 """
 
 from dataclasses import dataclass
@@ -21,9 +21,9 @@ class MaskPlan:
     """Kept and masked patches of every image of a batch; all int32, on one device.
 
     Attributes:
-        ids_keep: `[B, K]`, in the order in which the encoder sees them.
+        ids_keep: `[B, K]`, in the encoder's order.
         ids_mask: `[B, M]`, in the order of the prediction.
-        ids_restore: `[B, L]`, place of each patch in the concatenation of the two.
+        ids_restore: `[B, L]`, the place of each patch in the concatenation of the two.
     """
 
     ids_keep: Tensor
@@ -32,10 +32,10 @@ class MaskPlan:
 
     @classmethod
     def from_noise(cls, noise_BL: Tensor, mask_ratio: float) -> "MaskPlan":
-        """The published rule: sort the noise, keep the smallest K = int(L * (1 - mask_ratio)) of each row.
+        """Applies the published rule: keeps the K = int(L * (1 - mask_ratio)) patches with the smallest noise.
 
         Args:
-            noise_BL: one number for each patch; a stable sort breaks ties by patch number.
+            noise_BL: one number a patch; a stable sort breaks ties by patch number.
         """
         num_keep = kept_patches(noise_BL.shape[1], mask_ratio)
         ids_shuffle_BL = torch.argsort(noise_BL, dim=1, stable=True)
@@ -58,13 +58,12 @@ class MaskPlan:
         grid_hw: tuple[int, int],
         repeats_B: Tensor | None = None,
     ) -> "MaskPlan":
-        """Draws the masks of samples, on the device of `sample_ids_B`: a pure function of (seed, epoch, sample,
-        repeat).
+        """Draws masks on the device of `sample_ids_B`, as a pure function of (seed, epoch, sample, repeat).
 
         Args:
             sample_ids_B: int64 `[B]`.
             grid_hw: patches in a column and in a row; L is their product.
-            repeats_B: int64 `[B]`, number of the repeat, for repeated augmentation; None is all zeros.
+            repeats_B: int64 `[B]`, number of the repeat, for repeated augmentation; None means zeros.
         """
         cells_hw = config.cells(grid_hw)
         num_cells = cells_hw[0] * cells_hw[1]
@@ -81,14 +80,14 @@ class MaskPlan:
         return cls(*(ids if config.cell == 1 else _patches_of(ids, cells_hw, config.cell)))
 
     def to(self, device: torch.device | str) -> "MaskPlan":
-        """The same plan on another device."""
+        """Copies the plan to another device."""
         return MaskPlan(
             *(ids.to(device, non_blocking=True) for ids in (self.ids_keep, self.ids_mask, self.ids_restore))
         )
 
 
 def _patches_of(ids: MaskIndices, cells_hw: tuple[int, int], cell: int) -> MaskIndices:
-    """Indices of cells -> indices of their patches; a cell's patches stand together, row by row.
+    """Turns indices of cells into indices of their patches; a cell's patches are consecutive, row by row.
 
     Example: one row of two cells of 2 x 2 patches, [0 1 | 2 3 / 4 5 | 6 7]; keeping cell 1 keeps patches 2, 3, 6, 7.
     """

@@ -1,12 +1,12 @@
-"""(seed, epoch) -> [order] -> sample index at every position of the epoch.
+"""Gives the sample index at any position of an epoch as a pure function of (seed, epoch).
 
-The order of an epoch is a function, not a list: a keyed bijection on [0, N) that any rank evaluates at the positions it
-needs. Planning an epoch of a billion samples therefore costs nothing, and nothing has to be saved to resume one.
+The order of an epoch is a function, not a list: a keyed bijection on [0, N) that each rank evaluates at the positions
+it needs. Planning an epoch of a billion samples costs nothing, and resuming one needs no saved order.
 
 The bijection is a Feistel network on Z_a x Z_b with a * b >= N and both near sqrt(N) (Black and Rogaway, "Ciphers with
-arbitrary finite domains", CT-RSA 2002): each round adds a Philox word of one half to the other half. Results that fall
-into the at most sqrt(N) superfluous places are encrypted again until they fall below N ("cycle walking"), which
-keeps it a bijection. Eight rounds; every round is one counter of the `order` stream.
+arbitrary finite domains", CT-RSA 2002): each round adds a Philox word of one half to the other half. At most sqrt(N)
+results are N or more; these are encrypted again until they are below N ("cycle walking"), which keeps it a bijection.
+Eight rounds; each round is one counter of the `order` stream.
 """
 
 from functools import lru_cache
@@ -18,14 +18,14 @@ from patchmill.kernels.philox import STREAM_ORDER, draw_numpy
 
 ROUNDS = 8
 
-# What a bijection is for; part of the counter, so that no two share their words.
+# The purpose of a bijection; part of the counter, which keeps their words apart.
 _SAMPLES, _SHARDS, _WINDOW = 0, 1, 2
 
 Index = NDArray[np.int64]
 
 
 class EpochOrder:
-    """Shuffles all samples of an epoch together: the order for data on local disks.
+    """Shuffles all samples of an epoch together; for data on local disks.
 
     Args:
         num_samples: N, from 1 to 2**32.
@@ -44,7 +44,7 @@ class EpochOrder:
 
 
 class SequentialOrder:
-    """Leaves samples in the order of the dataset, the same in every epoch: for evaluation and for finding faults."""
+    """Keeps the order of the dataset in every epoch; for evaluation and debugging."""
 
     def __init__(self, num_samples: int) -> None:
         self.num_samples = num_samples
@@ -56,15 +56,15 @@ class SequentialOrder:
 
 
 class WindowOrder:
-    """Shuffles shards, then the samples inside windows of consecutive shards: for remote or spinning storage.
+    """Shuffles shards, then the samples within windows of consecutive shards; for remote or spinning storage.
 
-    At any moment only `window_shards` shards are being read, so that they can be fetched ahead and dropped afterwards.
-    Every sample still comes exactly once in an epoch. Memory: three numbers for each shard.
+    Only `window_shards` shards are in use at a time: they can be fetched ahead and deleted afterwards. Every sample
+    still comes exactly once in an epoch. Memory: three numbers a shard.
 
     Args:
-        shard_samples: number of samples of each shard; sample indices run through the shards in order.
+        shard_samples: number of samples in each shard; sample indices run through the shards in order.
         seed: 64-bit run seed.
-        window_shards: shards that are mixed with each other.
+        window_shards: number of shards that are mixed with each other.
     """
 
     def __init__(self, shard_samples: list[int], seed: int, window_shards: int) -> None:
@@ -87,7 +87,7 @@ class WindowOrder:
         return self.shard_first[shards[slot]] + place - slot_start[slot]
 
     def shards_ahead(self, epoch: int, position: int) -> list[int]:
-        """Shards of the window that holds `position`, then those of the next window, perhaps of the next epoch."""
+        """Shards of the window that contains `position`, then those of the next window, or of the next epoch."""
         shards, _, window_start = self._layout(epoch)
         first = (int(np.searchsorted(window_start, position, side="right")) - 1) * self.window_shards
         ahead = shards[first : first + 2 * self.window_shards].tolist()
@@ -96,9 +96,9 @@ class WindowOrder:
         return list(dict.fromkeys(ahead))
 
     def _lay_out(self, epoch: int) -> tuple[Index, Index, Index]:
-        """Shards in the epoch's order, the position where each begins, and the position where each window begins.
+        """Shards in the epoch's order, the position where each starts, and the position where each window starts.
 
-        Empty shards have no positions; they are left out, so that starts increase strictly and a search is unique.
+        Leaves out empty shards, which have no positions: starts then increase strictly, and a search is unique.
         """
         count = len(self.shard_samples)
         shards = _permute(np.arange(count), np.full(count, count), self.seed, epoch, _SHARDS)
@@ -112,7 +112,7 @@ Order = EpochOrder | SequentialOrder | WindowOrder
 
 
 def _permute(x: Index, sizes: Index, seed: int, epoch: int, purpose: int, group: Index | int = 0) -> Index:
-    """Maps each x in [0, size) by the bijection of its (seed, epoch, purpose, group); x, sizes int64, same shape.
+    """Maps each x in [0, size) by the bijection of (seed, epoch, purpose, group); x, sizes int64, same shape.
 
     Example, sizes 5: x = 0 1 2 3 4 might give 3 0 4 2 1; sizes 1 always gives 0.
     """

@@ -1,11 +1,11 @@
-""".beton file -> [beton_ffcv] -> feed: the samples of FFCV's one-file format, by index.
+"""Reads samples of an FFCV .beton file by index.
 
-Only the container is FFCV's: JPEGs and raw pixels are read here and go through this project's decoders, so that order,
-crops, flips, masks and restarts are as for shards. FFCV itself need not be installed. What the format cannot give: it
-has no checksums, so that damage which still decodes stays unseen; it holds RGB only; an unknown label is -1.
+Only the container is FFCV's: its JPEGs and raw pixels go through this project's decoders, and order, crops, flips,
+masks and restarts are the same as for shards. FFCV need not be installed. The format has no checksums, and damage that
+still decodes is not found. It holds RGB only; a missing label is -1.
 
-Layout (FFCV 1.0, version 2): header, a descriptor for each field, a metadata row for each sample, data in pages, and
-a table of (sample, pointer, size) of everything allocated.
+Layout (FFCV 1.0, version 2): header, one descriptor a field, one metadata row a sample, data in pages, and a table of
+(sample, pointer, size) of everything allocated.
 """
 
 import hashlib
@@ -35,7 +35,8 @@ class BetonReader:
     """Reads samples of a .beton file by index; the counterpart of ShardReader.
 
     Raises:
-        FileNotFoundError, ValueError: there is no such file, or it is no .beton with an RGB image field.
+        FileNotFoundError: the file does not exist.
+        ValueError: it is not a .beton file with an RGB image field.
     """
 
     channels = 3
@@ -47,7 +48,7 @@ class BetonReader:
         try:
             metadata, self.images, self.labels, allocations = _read_tables(path)
         except (ValueError, KeyError, IndexError) as error:
-            raise ValueError(f"{path} is no .beton file with RGB images, or is cut short ({error})") from None
+            raise ValueError(f"{path} is not a .beton file with RGB images, or is cut short ({error})") from None
         self.num_samples = len(self.images)
         order = np.argsort(allocations["pointer"])
         at = np.searchsorted(allocations["pointer"], self.images["pointer"], sorter=order)
@@ -61,7 +62,7 @@ class BetonReader:
         return rows["height"], rows["width"], self.labels[sample_ids_B]
 
     def read(self, sample_ids_B: NDArray[np.int64]) -> list[bytes | BadSample]:
-        """The encoded image of each sample (raw pixels as PPM), or what is wrong with it."""
+        """The encoded image of each sample (raw pixels as PPM), or the reason why it is bad."""
         return [self._read_one(index) for index in sample_ids_B.tolist()]
 
     def where(self, index: int) -> str:
@@ -81,7 +82,7 @@ class BetonReader:
         if mode == RAW_MODE:
             return b"P6\n%d %d\n255\n" % (width, height) + data
         if data[:3] != JPEG_START or data.rfind(JPEG_END) < 0:
-            return BadSample(index, self.where(index), "no JPEG from start to end marker")
+            return BadSample(index, self.where(index), "not a JPEG from start to end marker")
         return data
 
 
@@ -89,14 +90,14 @@ def _read_tables(path: Path) -> tuple[NDArray, NDArray, NDArray, NDArray]:
     """(metadata of all fields, of the image field, labels, allocations)."""
     header = np.fromfile(path, HEADER, count=1)[0]
     if header["version"] != VERSION:
-        raise ValueError(f"its version is {header['version']}, and {VERSION} is read")
+        raise ValueError(f"expected version {VERSION}, found {header['version']}")
     fields = np.fromfile(path, DESCRIPTOR, count=int(header["num_fields"]), offset=HEADER.itemsize)
     kinds = fields["type_id"].tolist()
     row = np.dtype([("", FIELDS[kind]) for kind in kinds], align=True)
     offset = HEADER.itemsize + fields.nbytes
     metadata = np.fromfile(path, row, count=int(header["num_samples"]), offset=offset)
     if len(metadata) != header["num_samples"] or not len(metadata):
-        raise ValueError(f"{len(metadata)} of {header['num_samples']} samples are there")
+        raise ValueError(f"expected {header['num_samples']} samples, found {len(metadata)}")
     allocations = np.fromfile(path, ALLOCATION, offset=int(header["alloc_table"]))
     images = metadata[f"f{kinds.index(IMAGE_FIELD)}"]
     labels = metadata[f"f{kinds.index(INT_FIELD)}"] if INT_FIELD in kinds else np.full(len(metadata), -1)

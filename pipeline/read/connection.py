@@ -1,4 +1,4 @@
-"""URL -> [streams] -> stream_wds: files to be read front to back, that take up again after a lost connection."""
+"""Opens files, URLs and commands as streams; a remote stream resumes after a lost connection."""
 
 import subprocess
 import time
@@ -17,12 +17,15 @@ from patchmill.pipeline.read.urls import (
     transient_errors,
 )
 
-BLOCK_BYTES = 8 << 20  # asked for at once
+BLOCK_BYTES = 8 << 20  # of one request
 
 
 @contextmanager
 def open_stream(url: str) -> Iterator[Readable]:
-    """Opens a path, a URL, or the output of a shell command (`pipe:zstdcat shard.tar.zst`; source.py asked)."""
+    """Opens a path, a URL, or the output of a shell command (`pipe:zstdcat shard.tar.zst`).
+
+    The caller has checked that commands are allowed (data.allow_pipe).
+    """
     if url.startswith("pipe:"):
         yield from _pipe(url.removeprefix("pipe:"))
     elif is_url(url):
@@ -37,7 +40,7 @@ def open_stream(url: str) -> Iterator[Readable]:
 
 
 class RemoteStream:
-    """A remote file, read front to back. A lost connection is taken up again at the byte where it broke."""
+    """A remote file, read from front to back. After a lost connection it continues at the same byte."""
 
     def __init__(self, url: str) -> None:
         self.name = redact(url)
@@ -46,7 +49,7 @@ class RemoteStream:
         self._file: Any = None
 
     def read(self, size: int) -> bytes:
-        """Up to `size` bytes; none at the end. OSError when several attempts in a row bring nothing."""
+        """Returns up to `size` bytes, none at the end. Raises OSError after ATTEMPTS failures in a row."""
         failure = ""
         for attempt in range(ATTEMPTS):
             if attempt:
@@ -58,7 +61,7 @@ class RemoteStream:
                 self._position += len(data)
                 return data
             except (FileNotFoundError, LinkLocalError) as error:
-                # fsspec asks for the size first, and calls whatever stops it "not found"
+                # fsspec asks for the size first, and reports any failure of that as "not found"
                 cause = error.__cause__ if isinstance(error, FileNotFoundError) else error
                 if isinstance(cause, LinkLocalError):
                     raise ValueError(f"{self.name}: {cause}") from None
@@ -66,7 +69,7 @@ class RemoteStream:
             except transient_errors() as error:
                 if is_forbidden(error):
                     raise PermissionError(f"no permission to read {self.name}: check the credentials") from None
-                failure = type(error).__name__  # its text may hold the whole address, with its signature
+                failure = type(error).__name__  # its text may contain the whole address with its signature
                 self._file = None
         raise OSError(f"{self.name} could not be read past byte {self._position} (the last: {failure})")
 
@@ -76,7 +79,7 @@ class RemoteStream:
             self._file.close()
 
     def _opened(self) -> Any:
-        """The file at the current position. HTTP comes as one stream, since not every server knows ranges."""
+        """Opens the file at the current position. HTTP is one stream: not every server supports ranges."""
         http = "http" in self._filesystem.protocol
         file = self._filesystem.open(self._path, "rb", block_size=0 if http else BLOCK_BYTES)
         if not http:

@@ -1,10 +1,10 @@
-"""sample bytes -> [images] -> decode_cpu, decode_dali, packing: one documented result for every kind of image file.
+"""Decodes every kind of image file to one documented result, for decoders and packing.
 
-JPEGs go through TurboJPEG, strictly; all else, and JPEGs that it does not take, through Pillow. EXIF orientation is
-applied, CMYK and YCCK become RGB by Pillow's rule, alpha is dropped unless it is asked for, and 16-bit values v become
-round(v / 257).
+TurboJPEG decodes JPEGs, strictly; Pillow decodes everything else, and the JPEGs that TurboJPEG does not take. EXIF
+orientation is applied, CMYK and YCCK become RGB by Pillow's rule, alpha is dropped unless requested, and 16-bit values
+v become round(v / 257).
 
-Every call of a decoder runs inside `decoder_errors`: whatever it raises on damaged bytes comes out as ImageDamage.
+Every call of a decoder runs inside `decoder_errors`: whatever it raises on damaged bytes becomes ImageDamage.
 """
 
 import io
@@ -39,7 +39,7 @@ ImageHWC = NDArray[np.uint8]
 
 
 class UnknownImage(ImageDamage):
-    """Pillow recognises no format in the bytes: no image, or damaged in the first bytes."""
+    """Pillow recognises no format in the bytes: not an image, or damaged in the first bytes."""
 
 
 class UndefinedPixels(ImageDamage):
@@ -50,8 +50,8 @@ class UndefinedPixels(ImageDamage):
 def decoder_errors() -> Iterator[None]:
     """Turns every error of the decoder call inside into ImageDamage.
 
-    Damaged bytes make decoders raise far more than they document (struct.error, RuntimeError, OverflowError,
-    MemoryError), and no list of these is complete. Put nothing but the call itself inside.
+    On damaged bytes decoders raise far more than they document (struct.error, RuntimeError, OverflowError,
+    MemoryError); no list of these is complete. Put only the call itself inside.
     """
     try:
         yield
@@ -68,14 +68,14 @@ def decode_image(data: bytes, channels: int, size_hw: tuple[int, int] | None = N
     Args:
         data: an encoded file.
         channels: of the result. 1 to 4 are grey, grey and alpha, RGB, RGBA, whatever the file holds; more (and 2) only
-            from a TIFF of that many channels.
-        size_hw: the size that it must have.
+            from a TIFF with as many channels.
+        size_hw: the expected size.
 
     Returns:
         uint8 `[height, width, channels]`, writable.
 
     Raises:
-        ValueError: the bytes are no image, are damaged, claim more than MAX_PIXELS, or hold another size or channels.
+        ValueError: the bytes are not an image, are damaged, exceed MAX_PIXELS, or have another size or channels.
     """
     image = None
     if data[:3] == JPEG_START and channels in (1, 3):
@@ -85,12 +85,12 @@ def decode_image(data: bytes, channels: int, size_hw: tuple[int, int] | None = N
     if image is None:
         image = _decode_with_pillow(data, channels)
     if size_hw is not None and image.shape[:2] != size_hw:
-        raise ValueError(f"is {image.shape[:2]} pixels where the sample table means {size_hw}")
+        raise ValueError(f"expected {size_hw} pixels, found {image.shape[:2]}")
     return image
 
 
 def displayed_size(data: bytes) -> tuple[int, int]:
-    """(height, width) of an image in displayed orientation, from its header; ValueError for bytes that are no image."""
+    """(height, width) in displayed orientation, from the header. Raises ValueError for bytes that are not an image."""
     size = None
     if data[:3] == JPEG_START:
         size = _jpeg_size(data)
@@ -103,9 +103,9 @@ def displayed_size(data: bytes) -> tuple[int, int]:
 
 
 def is_plain(data: bytes, size_hw: tuple[int, int]) -> bool:
-    """Whether every decoder reads an image alike, DALI too: 8-bit grey, YCbCr or RGB JPEGs, and plain PNGs.
+    """Whether every decoder, DALI too, reads an image alike: 8-bit grey, YCbCr or RGB JPEGs, and plain PNGs.
 
-    Only with the size that is expected: DALI would decode a bomb, or fail on windows outside the image.
+    False for an image of another size: DALI would decode a bomb, or fail on windows outside the image.
     """
     if data[:3] == JPEG_START:
         try:
@@ -124,24 +124,24 @@ def is_plain(data: bytes, size_hw: tuple[int, int]) -> bool:
 
 
 def jpeg_header(data: bytes) -> tuple[int, int, str]:
-    """(height, width, colour space) of a JPEG as coded; ImageDamage where TurboJPEG cannot read its header."""
+    """(height, width, colour space) of a JPEG as coded. Raises ImageDamage when TurboJPEG cannot read the header."""
     with decoder_errors():
         height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
     return height, width, colours
 
 
 def jpeg_pixels(data: bytes, colours: str, **least: int) -> ImageHWC:
-    """Strictly decoded pixels of a JPEG as coded, uint8 [height, width, channels]; colours: "RGB", "GRAY" or "CMYK".
+    """Strictly decodes a JPEG as coded: uint8 [height, width, channels]; colours: "RGB", "GRAY" or "CMYK".
 
-    At full scale, or at the smallest that satisfies `least` (simplejpeg's min_ arguments). ImageDamage for whatever
-    libjpeg errs on or warns about.
+    At full scale, or at the smallest that satisfies `least` (simplejpeg's min_ arguments). Raises ImageDamage for every
+    error and warning of libjpeg.
     """
     with decoder_errors():
         return simplejpeg.decode_jpeg(data, colours, **least)
 
 
 def open_image(data: bytes) -> Image.Image:
-    """Reads the header of a file with Pillow; UnknownImage, or ImageDamage."""
+    """Reads the header of a file with Pillow. Raises UnknownImage or ImageDamage."""
     with decoder_errors():
         image = Image.open(io.BytesIO(data), formats=FORMATS)
         for key in XMP_KEYS:  # Pillow turns a TIFF by its XMP
@@ -152,7 +152,7 @@ def open_image(data: bytes) -> Image.Image:
 def eight_bit(image: Image.Image) -> Image.Image:
     """Decodes an opened image to 8 bits a value: 16-bit v become round(v / 257); Pillow's own conversion clips at 255.
 
-    ImageDamage, or UndefinedPixels for 32-bit values.
+    Raises ImageDamage, or UndefinedPixels for 32-bit values.
     """
     with decoder_errors():
         image.load()
@@ -165,13 +165,13 @@ def eight_bit(image: Image.Image) -> Image.Image:
 
 
 def converted(image: Image.Image, mode: str) -> ImageHWC:
-    """Pixels of a decoded image in one of Pillow's modes, uint8 [height, width] or [height, width, channels]."""
+    """Converts a decoded image to one of Pillow's modes: uint8 [height, width] or [height, width, channels]."""
     with decoder_errors():
         return np.array(image.convert(mode))
 
 
 def pillow_orientation(image: Image.Image, data: bytes) -> Orientation:
-    """The orientation still to be applied to an image that Pillow decodes; Pillow turns TIFFs itself."""
+    """The orientation to apply to an image that Pillow decodes; Pillow turns TIFFs itself."""
     if data[:3] == JPEG_START:
         return jpeg_orientation(data)
     if data[:8] == PNG_START:
@@ -191,7 +191,7 @@ def upright_size(image: Image.Image, data: bytes) -> tuple[int, int]:
 
 
 def check_pixels(height: int, width: int) -> None:
-    """Refuses sizes that no decoder should meet; ImageDamage."""
+    """Raises ImageDamage for an empty image and for more than MAX_PIXELS."""
     if height < 1 or width < 1:
         raise ImageDamage(f"the header says {width} x {height} pixels")
     if height * width > MAX_PIXELS:
@@ -199,7 +199,7 @@ def check_pixels(height: int, width: int) -> None:
 
 
 def _jpeg_size(data: bytes) -> tuple[int, int] | None:
-    """The displayed size of a JPEG; None for those that are Pillow's."""
+    """The displayed size of a JPEG; None for those that Pillow reads."""
     try:
         height, width, _ = jpeg_header(data)
     except ImageDamage:
@@ -216,7 +216,7 @@ def _plain_tiff_size(data: bytes) -> tuple[int, int] | None:
 
 
 def _decode_jpeg(data: bytes, colourspace: str) -> ImageHWC | None:
-    """Decodes an ordinary JPEG, strictly; None for those that are Pillow's: CMYK, YCCK and unknown kinds."""
+    """Decodes an ordinary JPEG, strictly; None for those that Pillow decodes: CMYK, YCCK and unknown kinds."""
     try:
         height, width, source = jpeg_header(data)
     except ImageDamage:
@@ -228,7 +228,7 @@ def _decode_jpeg(data: bytes, colourspace: str) -> ImageHWC | None:
 
 
 def _decode_tiff(data: bytes, channels: int) -> ImageHWC | None:
-    """A TIFF as the packer writes it; None for others, which are Pillow's."""
+    """Decodes a TIFF as the packer writes it; None for others, which Pillow decodes."""
     try:
         image = read_tiff(data)
     except ValueError:
@@ -237,7 +237,7 @@ def _decode_tiff(data: bytes, channels: int) -> ImageHWC | None:
     if image.shape[2] == channels:
         return image.copy()
     if image.shape[2] not in (1, 3, 4):
-        raise ValueError(f"has {image.shape[2]} channels where the model takes {channels}")
+        raise ValueError(f"has {image.shape[2]} channels; the model takes {channels}")
     return _convert(Image.fromarray(image.squeeze(2) if image.shape[2] == 1 else image), channels)
 
 
@@ -250,5 +250,5 @@ def _decode_with_pillow(data: bytes, channels: int) -> ImageHWC:
 
 def _convert(image: Image.Image, channels: int) -> ImageHWC:
     if channels not in MODES:
-        raise ValueError(f"has {len(image.getbands())} channels where the model takes {channels}")
+        raise ValueError(f"has {len(image.getbands())} channels; the model takes {channels}")
     return converted(image, MODES[channels]).reshape(image.height, image.width, channels)

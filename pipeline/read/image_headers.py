@@ -1,9 +1,8 @@
-"""image bytes -> [image_headers] -> what the file says about itself: its kind, its orientation, and if decoders agree.
+"""Reads what an image file says about itself without decoding it: its kind, its orientation, and if decoders agree.
 
-The one owner of the rules that need no decoding. Orientation: only the Orientation tag in the first directory of the
-first EXIF block counts (Exif 2.32, section 4.6.4). XMP's `tiff:Orientation` never counts, as in browsers, OpenCV and
-DALI. Decoders read odd tags differently, for example a LONG: such a file is not `plain`. Packing then encodes it again,
-upright and without the tag, and DALI receives it decoded.
+Orientation: only the Orientation tag in the first directory of the first EXIF block counts (Exif 2.32, section 4.6.4).
+XMP's `tiff:Orientation` never counts, as in browsers, OpenCV and DALI. Decoders disagree on unusual tags, such as a
+LONG: such a file is not `plain`. Packing encodes it again, upright and without the tag; DALI receives it decoded.
 
 JPEG segments: ITU-T T.81, Annex B. PNG chunks: PNG 3rd edition, section 11.
 """
@@ -18,8 +17,8 @@ import numpy as np
 from patchmill.pipeline.read.manifest import ImageFormat
 from patchmill.pipeline.read.tiff import LONG, ORIENTATION, SHORT
 
-# Every extension of an image, and the format under which a dataset in place can hold it (None: only once packed).
-# Of several images with one key in a tar, streaming takes the first in this order.
+# Every image extension, and the format under which a dataset indexed in place can hold it (None: only once packed).
+# When a tar has several images with one key, streaming takes the first in this order.
 IMAGE_EXTENSIONS = {
     "jpg": ImageFormat.JPEG, "jpeg": ImageFormat.JPEG, "png": ImageFormat.PNG, "tif": ImageFormat.TIFF,
     "tiff": ImageFormat.TIFF, "webp": None, "bmp": None, "ppm": None, "avif": None, "gif": None,
@@ -37,17 +36,17 @@ MARKER_IN_SCAN = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")
 
 
 class ImageDamage(ValueError):
-    """The bytes of one image cannot be read as an image; the message gives the reason."""
+    """The bytes cannot be read as an image; the message gives the reason."""
 
 
 class Orientation(NamedTuple):
-    """An EXIF orientation (1..8), and whether every decoder reads the same from the file."""
+    """An EXIF orientation (1..8), and whether every decoder reads the same one from the file."""
 
     value: int
     plain: bool
 
     def displayed(self, height: int, width: int) -> tuple[int, int]:
-        """(height, width) as displayed, of an image with these sides as coded."""
+        """(height, width) as displayed of an image with these sides as coded."""
         return (width, height) if self.value >= 5 else (height, width)
 
 
@@ -60,7 +59,7 @@ def is_image_name(name: str) -> bool:
 
 
 def exif_orientation(exif: bytes) -> Orientation:
-    """The orientation in an EXIF block, which starts with its TIFF header; 1 where it holds no valid one."""
+    """The orientation in an EXIF block, which starts with its TIFF header; 1 when it has no valid one."""
     while exif.startswith(EXIF_START):
         exif = exif[len(EXIF_START) :]
     if exif[:4] not in TIFF_STARTS:
@@ -97,7 +96,7 @@ def jpeg_orientation(data: bytes) -> Orientation:
 
 
 def png_orientation(data: bytes) -> Orientation:
-    """The orientation of a PNG: that of its eXIf chunk, or else of ImageMagick's raw profile."""
+    """The orientation of a PNG: that of its eXIf chunk, else that of ImageMagick's raw profile."""
     blocks, profiles = [], []
     try:
         for kind, start, end in png_chunks(data):
@@ -122,9 +121,9 @@ def is_plain_png(data: bytes) -> bool:
 
 
 def jpeg_segments(data: bytes) -> Iterator[tuple[int, int, int]]:
-    """Yields marker, start and end of the content of every segment of the first image; ImageDamage where it breaks off.
+    """Yields marker, start and end of the content of every segment of the first image, up to its end marker.
 
-    The last is the end marker. Entropy-coded data and markers without content are passed over.
+    Skips entropy-coded data and markers without content. Raises ImageDamage when the file breaks off.
     """
     position = 2
     while True:
@@ -146,7 +145,7 @@ def jpeg_segments(data: bytes) -> Iterator[tuple[int, int, int]]:
         yield marker, position + 2, position + length
         position += length
         if marker == START_OF_SCAN:
-            # The data end at the first FF that neither 00 (stuffing) nor a restart marker follows.
+            # the data end at the first FF that is followed neither by 00 (stuffing) nor by a restart marker
             found = MARKER_IN_SCAN.search(data, position)
             if found is None:
                 raise ImageDamage("no end marker: cut short")
@@ -154,7 +153,7 @@ def jpeg_segments(data: bytes) -> Iterator[tuple[int, int, int]]:
 
 
 def png_chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
-    """Yields kind, start and end of the content of every chunk up to IEND; ImageDamage where the file breaks off."""
+    """Yields kind, start and end of the content of every chunk to IEND. Raises ImageDamage when the file breaks off."""
     position = len(PNG_START)
     kind = b""
     while kind != b"IEND":
@@ -178,7 +177,7 @@ def oriented(pixels: np.ndarray, orientation: int) -> np.ndarray:
 
 
 def _first_block(blocks: list[bytes]) -> Orientation:
-    """Decoders differ on which of several blocks counts: the file is not plain then."""
+    """The first block's orientation; decoders disagree on which of several blocks counts, and the file is not plain."""
     if not blocks:
         return UPRIGHT
     value, plain = exif_orientation(blocks[0])

@@ -1,16 +1,15 @@
-"""[the dataset on disk] -> shards -> decode: manifest.json, samples.npy and the checks on opening them.
+"""Opens a packed dataset: reads and checks manifest.json and samples.npy.
 
-A packed dataset is one folder (docs/data_format.md is the whole definition):
+A packed dataset is one folder (docs/data_format.md defines it completely):
 
-    manifest.json       what was packed, how, and what each shard must look like
-    samples.npy         one fixed-size row per sample: where it lies, its checksum, its shape and label
-    shard-000000.tar    plain WebDataset tar, readable by anything; beside it shard-000000.idx for DALI
+    manifest.json       what was packed, how, and the checksum of each shard
+    samples.npy         one fixed-size row a sample: place, checksum, size and label
+    shard-000000.tar    plain WebDataset tar, readable by anything; with shard-000000.idx for DALI
     names.jsonl         the source name of each sample, one JSON string a line
     quarantine.jsonl    what was left out, and why
 
-The sample table makes reading a matter of arithmetic: sample i lies at (shard, offset, size), so that any order can be
-read without listing a tar, and any rank can read any sample. Opening checks everything that costs no reading of shards;
-`patchmill verify` checks the rest.
+The sample table gives the shard, offset and size of sample i: any rank can read samples in any order without listing a
+tar. Opening checks everything that does not require reading shards; `patchmill verify` checks the rest.
 """
 
 import hashlib
@@ -30,7 +29,7 @@ QUARANTINE_NAME = "quarantine.jsonl"
 
 
 class ImageFormat(IntEnum):
-    """How the bytes of a sample are encoded; the value stands in the `format` column."""
+    """How the bytes of a sample are encoded: the value of the `format` column."""
 
     JPEG = 0
     PNG = 1
@@ -39,7 +38,7 @@ class ImageFormat(IntEnum):
 
 EXTENSIONS = {ImageFormat.JPEG: "jpg", ImageFormat.PNG: "png", ImageFormat.TIFF: "tif"}
 
-# Packed little-endian: 33 bytes a row, so that a billion samples are 33 GB that nobody has to read whole.
+# Packed little-endian: 33 bytes a row. A billion samples are 33 GB, of which a process reads only the rows it needs.
 SAMPLE_DTYPE = np.dtype(
     [
         ("shard", "<u4"),  # index into Manifest.shards
@@ -75,28 +74,29 @@ class ShardInfo:
 
 
 def check_shard_name(name: object, where: str) -> str:
-    """Returns a shard's name that came from a file or a server, if it is a plain file name that ends in .tar.
+    """Returns a shard's name from a manifest if it is a plain file name that ends in .tar.
 
-    The name becomes a path that is read, written and deleted. Any other could leave the folder, or be a table of it.
+    The name becomes a path that is read, written and deleted: any other could point outside the folder, or at another
+    file of the dataset.
 
     Raises:
-        ValueError: `where` and the name, for anything else.
+        ValueError: any other name; the message contains `where` and the name.
     """
     if not isinstance(name, str) or name != Path(name).name or "\0" in name or not name.endswith(".tar"):
         raise ValueError(
             f"{where} names a shard {name!r}; expected a plain file name that ends in .tar. The dataset is damaged or "
-            "made to do harm: restore it or pack it again"
+            "malicious: restore it or pack it again"
         )
     return name
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """What manifest.json says; equal content gives equal bytes (no times, no host, no path).
+    """The content of manifest.json. Equal datasets have equal bytes: no times, hosts or paths.
 
-    options holds what shaped the content; channels is what `mean` and `std` (0..1 units, over decoded pixels) count;
-    statistics holds minimum, mean and maximum of width, height and size, and the integer sums behind mean and std;
-    plan_sha256 is of the packing plan.
+    options: the packing options that shape the content. mean, std: per channel, 0..1 units, over decoded pixels.
+    statistics: minimum, mean and maximum of width, height and size, and the integer sums behind mean and std.
+    plan_sha256: of the packing plan.
     """
 
     format_version: int
@@ -118,7 +118,7 @@ class Manifest:
 
     @classmethod
     def from_json(cls, text: str, where: str = MANIFEST_NAME) -> "Manifest":
-        """Parses the text of a manifest; ValueError names `where` and what is wrong."""
+        """Parses the text of a manifest. Raises ValueError with `where` and what is wrong."""
         try:
             raw = json.loads(text)
         except json.JSONDecodeError as error:
@@ -130,7 +130,7 @@ class Manifest:
         version = raw.get("format_version")
         if version != FORMAT_VERSION:
             raise ValueError(
-                f"{where} has format_version {version!r} and this program reads {FORMAT_VERSION}: pack again with "
+                f"{where}: expected format_version {FORMAT_VERSION}, found {version!r}: pack again with "
                 "`patchmill shard`, or rebuild the manifest with `patchmill index --overwrite`"
             )
         try:
@@ -146,13 +146,13 @@ class Manifest:
             ) from None
 
     def fingerprint(self) -> str:
-        """sha256 (hex) of the content: two datasets with the same fingerprint hold the same bytes in the same order."""
+        """sha256 (hex) of the content: datasets with the same fingerprint have the same bytes in the same order."""
         return hashlib.sha256(self.to_json().encode()).hexdigest()
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """An opened dataset: `samples` is a read-only memory map of SAMPLE_DTYPE rows, one per sample."""
+    """An opened dataset; `samples` is a read-only memory map of SAMPLE_DTYPE rows, one a sample."""
 
     root: Path
     manifest: Manifest
@@ -167,9 +167,11 @@ class Dataset:
 
 
 def open_dataset(path: str | Path) -> Dataset:
-    """Opens a packed dataset after checking all that can be checked without reading a shard.
+    """Opens a packed dataset and checks everything that does not require reading a shard.
 
-    FileNotFoundError for a missing folder or shard, ValueError for anything inconsistent; both say what mends it.
+    Raises:
+        FileNotFoundError: the folder or a shard is missing.
+        ValueError: the files contradict each other. Both messages say how to mend it.
     """
     root = Path(path)
     manifest = read_manifest(root)
@@ -185,7 +187,7 @@ def open_dataset(path: str | Path) -> Dataset:
 
 
 def read_manifest(root: Path) -> Manifest:
-    """Parses the manifest of a dataset's folder; the errors of a missing, empty or unpacked folder are its own."""
+    """Parses the manifest in a dataset's folder. The errors tell apart a missing, an empty and an unpacked folder."""
     if not root.exists():
         raise FileNotFoundError(f"no dataset at {root}: {_missing_hint(root)}")
     if not root.is_dir():
@@ -197,7 +199,7 @@ def read_manifest(root: Path) -> Manifest:
 
 
 def open_samples(path: Path, num_samples: int) -> np.ndarray:
-    """Maps samples.npy read-only; ValueError when it is missing, cut, of another type or of another length."""
+    """Maps samples.npy read-only. Raises ValueError when it is missing, cut, or of another type or length."""
     remedy = "restore it, or rebuild it with `patchmill index --overwrite`"
     if not path.is_file():
         raise ValueError(f"{path} is missing: {remedy}")
@@ -207,14 +209,14 @@ def open_samples(path: Path, num_samples: int) -> np.ndarray:
         raise ValueError(f"{path} is damaged or cut short ({error}): {remedy}") from None
     if samples.dtype != SAMPLE_DTYPE or samples.shape != (num_samples,):
         raise ValueError(
-            f"{path} holds {samples.shape} rows of {samples.dtype.itemsize} bytes where the manifest means "
-            f"({num_samples},) of {SAMPLE_DTYPE.itemsize}: {remedy}"
+            f"{path}: expected ({num_samples},) rows of {SAMPLE_DTYPE.itemsize} bytes, found {samples.shape} of "
+            f"{samples.dtype.itemsize}: {remedy}"
         )
     return samples
 
 
 def check_shard_files(root: Path, manifest: Manifest) -> None:
-    """Every shard must be there with the size that the manifest gives: a cut tar is found here, not in epoch 3."""
+    """Checks that every shard exists with the size in the manifest: a cut tar is found now, not in epoch 3."""
     for shard in manifest.shards:
         path = root / shard.name
         if not path.is_file():
@@ -222,8 +224,8 @@ def check_shard_files(root: Path, manifest: Manifest) -> None:
         size = path.stat().st_size
         if size != shard.bytes:
             raise ValueError(
-                f"{path} has {size} bytes where {MANIFEST_NAME} means {shard.bytes}: restore it, pack again, or, "
-                "if the change is meant, rebuild the manifest with `patchmill index --overwrite`"
+                f"{path}: expected {shard.bytes} bytes as in {MANIFEST_NAME}, found {size}: restore it, pack again, "
+                "or, if you changed it on purpose, rebuild the manifest with `patchmill index --overwrite`"
             )
 
 

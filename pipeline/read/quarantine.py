@@ -1,7 +1,7 @@
-"""shards, decode -> [quarantine] -> quarantine.jsonl: bad samples are counted, named, and limited.
+"""Counts and lists bad samples, and stops the run when there are too many.
 
-One bad image among a billion must not stop a run; a disk that returns rubbish must. The limit is a share of the
-dataset, rounded up, of different bad samples; each process holds its own count.
+One bad image in a billion must not stop a run; a failing disk must. The limit is a fraction of the dataset, rounded up.
+Each process counts its own distinct bad samples.
 """
 
 import json
@@ -18,7 +18,7 @@ class Quarantine:
     Args:
         path: JSON-lines file to append to, one object `{"sample", "where", "reason"}` a line; None writes nothing.
         num_samples: size of the dataset.
-        max_bad_fraction: share of it that may be bad before the run stops; 0 stops at the first.
+        max_bad_fraction: fraction of it that may be bad before the run stops; 0 stops at the first.
     """
 
     def __init__(self, path: Path | None, num_samples: int, max_bad_fraction: float) -> None:
@@ -30,11 +30,11 @@ class Quarantine:
 
     @property
     def bad_samples(self) -> int:
-        """Different bad samples met so far by this process."""
+        """Number of distinct bad samples that this process has found."""
         return len(self._seen)
 
     def record(self, bad: BadSample) -> None:
-        """Notes a bad sample; ValueError once there are too many."""
+        """Records a bad sample. Raises ValueError once there are too many."""
         with self._lock:
             if bad.index in self._seen:
                 return

@@ -1,9 +1,9 @@
-"""data.path=s3://..., https://... -> [remote] -> shards: whole shards, fetched ahead into a cache of limited size.
+"""Fetches whole shards of a remote dataset ahead of their use into a cache of limited size.
 
-Samples are small and requests are slow, so that a shard comes as one file. It is checked against the manifest's sha256
-before it gets its name: a cache never holds half a shard or a wrong one. Reading then is as for local data.
+Samples are small and requests are slow: a shard is one request. Its sha256 is checked before it gets its name; the
+cache never holds a partial or wrong shard, and reading it is the same as for local data.
 
-Processes of one machine share the cache: a lock file lets one of them fetch a shard while the others wait for it.
+Processes on one machine share the cache: with a lock file, one of them fetches a shard while the others wait for it.
 """
 
 import fcntl
@@ -25,18 +25,18 @@ from patchmill.pipeline.read.urls import LinkLocalError, is_forbidden, join, ope
 
 ATTEMPTS = 5
 FIRST_PAUSE_SECONDS = 0.5  # before the second attempt; doubles each time
-DOWNLOADS = 4  # shards fetched at once
+DOWNLOADS = 4  # shards fetched at the same time
 
 Result = TypeVar("Result")
 
 
 def open_remote_dataset(url: str, cache: Path, limit_bytes: int) -> tuple[Dataset, "ShardCache"]:
-    """Fetches manifest and sample table of a packed dataset; its shards follow when they are wanted.
+    """Fetches the manifest and the sample table of a packed dataset; the shards follow on demand.
 
     Args:
-        url: of the folder that holds manifest.json.
-        cache: folder for the copies; a dataset's are in a folder named by its fingerprint.
-        limit_bytes: of the shards kept.
+        url: of the folder with manifest.json.
+        cache: folder for copies; each dataset has a folder in it, named by its fingerprint.
+        limit_bytes: size of the shards kept.
     """
     address = join(url, MANIFEST_NAME)
     text = with_retries(lambda: _cat(address), redact(address))
@@ -50,9 +50,9 @@ def open_remote_dataset(url: str, cache: Path, limit_bytes: int) -> tuple[Datase
 
 
 class ShardCache:
-    """Local copies of a remote dataset's shards, the least recently used ones dropped above a limit.
+    """Local copies of a remote dataset's shards; above a limit, the least recently used are deleted.
 
-    Dropping a file that is being read is safe: its bytes stay until the reader closes it.
+    Deleting a file that is being read is safe: its bytes stay until the reader closes it.
     """
 
     def __init__(self, url: str, manifest: Manifest, folder: Path, limit_bytes: int) -> None:
@@ -62,38 +62,38 @@ class ShardCache:
         self._fetched: OrderedDict[int, Future] = OrderedDict()
 
     def require_room(self, shards: int) -> None:
-        """ValueError unless `shards` of the largest, and as many fetched ahead, fit into the cache."""
+        """Raises ValueError unless the `shards` largest shards, and as many fetched ahead, fit into the cache."""
         needed = sum(sorted((info.bytes for info in self.shards), reverse=True)[: 2 * shards])
         if needed > self.limit_bytes:
             raise ValueError(
-                f"the shards read at a time take {needed / (1 << 30):.2f} GiB and data.cache_limit_gib is "
+                f"the shards in use at one time need {needed / (1 << 30):.2f} GiB, but data.cache_limit_gib is "
                 f"{self.limit_bytes / (1 << 30):.2f}: raise it, or use data.shuffle=window with fewer "
                 "data.window_shards"
             )
 
     def open(self, shard: int) -> FileIO:
-        """Opens a shard's copy; waits until it is there. OSError when it cannot be had."""
+        """Opens a shard's copy, after waiting for the download. Raises OSError when that failed."""
         while True:
             path = self._want(shard).result()
             try:
                 return FileIO(path)
-            except FileNotFoundError:  # dropped since, here or by another process that shares the cache
+            except FileNotFoundError:  # deleted since, here or by another process that shares the cache
                 with self._lock:
                     self._fetched.pop(shard, None)
 
     def want(self, shards: list[int]) -> None:
-        """Begins to fetch shards that will be read soon."""
+        """Starts to fetch shards that will be read soon."""
         for shard in shards:
             self._want(shard)
 
     def close(self) -> None:
-        """Ends the downloads."""
+        """Stops the downloads."""
         self._pool.close()
 
     def _want(self, shard: int) -> Future:
         with self._lock:
             future = self._fetched.get(shard)
-            if future is None:  # a shard that could not be had is not asked for again: its samples are bad
+            if future is None:  # a failed download stays here and is not tried again: its samples are bad
                 future = self._fetched[shard] = self._pool.submit(self._fetch, shard)
             self._fetched.move_to_end(shard)
             return future
@@ -107,7 +107,7 @@ class ShardCache:
         return path
 
     def _drop_oldest(self) -> None:
-        """Drops copies, the least recently wanted first, until the rest is within the limit."""
+        """Deletes copies, the least recently used first, until the rest is within the limit."""
         there = {shard: self.folder / self.shards[shard].name for shard in self._fetched}
         there = {shard: path for shard, path in there.items() if path.exists()}
         kept = sum(self.shards[shard].bytes for shard in there)
@@ -120,7 +120,7 @@ class ShardCache:
 
 
 def fetch(url: str, path: Path, sha256: str) -> None:
-    """Copies a remote file to `path`, whole and with this sha256 (hex), or not at all; does nothing if it is there."""
+    """Copies a remote file to `path`, complete and with this sha256 (hex), or not at all. Keeps an existing copy."""
     lock = os.open(path.with_name(path.name + ".lock"), os.O_CREAT | os.O_RDWR)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -132,7 +132,7 @@ def fetch(url: str, path: Path, sha256: str) -> None:
 
 
 def with_retries(action: Callable[[], Result], name: str) -> Result:
-    """`action()`, up to ATTEMPTS times with growing pauses; the error after the last names what and why."""
+    """Returns `action()`, after up to ATTEMPTS tries with growing pauses; the final error gives `name` and reason."""
     failure = ""
     for attempt in range(ATTEMPTS):
         if attempt:
@@ -148,12 +148,12 @@ def with_retries(action: Callable[[], Result], name: str) -> Result:
         except transient_errors() as error:
             if is_forbidden(error):
                 raise PermissionError(f"no permission to read {name}: check the credentials") from None
-            failure = type(error).__name__  # its text may hold the whole address, with its signature
+            failure = type(error).__name__  # its text may contain the whole address with its signature
     raise OSError(f"{name} could not be fetched in {ATTEMPTS} attempts (the last: {failure})")
 
 
 class WrongBytes(ValueError):
-    """A copy that differs from what the manifest says."""
+    """A copy whose sha256 is not the manifest's."""
 
 
 def _fetch_once(url: str, temporary: Path, sha256: str) -> None:
@@ -161,7 +161,7 @@ def _fetch_once(url: str, temporary: Path, sha256: str) -> None:
     filesystem.get_file(remote, str(temporary))
     with temporary.open("rb") as file:
         if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
-            raise WrongBytes(f"{temporary.stat().st_size} bytes arrived, and not those of the manifest's sha256")
+            raise WrongBytes(f"received {temporary.stat().st_size} bytes whose sha256 differs from the manifest's")
 
 
 def _cat(url: str) -> bytes:

@@ -1,10 +1,10 @@
-"""dataset -> [shards] -> decode: the bytes of samples, checked.
+"""Reads samples of a packed dataset by index and checks their bytes.
 
-Decoders return wrong pixels without an error for most damage in a JPEG's body, and one sample that does make DALI fail
-costs its whole batch. So every read checks size, crc32 and, for JPEG, the first bytes and an end marker. What fails is
-returned as a `BadSample`, never skipped in silence; feed.py decides what takes its place.
+Most damage in the body of a JPEG decodes to wrong pixels without an error, and a sample that does make DALI fail costs
+its whole batch. Every read therefore checks size, crc32 and, for JPEG, the first bytes and an end marker. A sample that
+fails is returned as a `BadSample`, never skipped silently; feed.py chooses its replacement.
 
-Shards are read with pread and not mapped: a shard that is cut while it is mapped kills the process with SIGBUS.
+Shards are read with pread and not memory-mapped: truncating a mapped shard kills the process with SIGBUS.
 """
 
 import os
@@ -21,13 +21,13 @@ from patchmill.pipeline.observe import NOBODY, Observer
 from patchmill.pipeline.read.manifest import Dataset, ImageFormat
 from patchmill.pipeline.read.remote import ShardCache
 
-OPEN_SHARDS = 512  # files held open at most; a process may usually have 1024
+OPEN_SHARDS = 512  # open files at most; the usual limit of a process is 1024
 JPEG_START, JPEG_END = b"\xff\xd8\xff", b"\xff\xd9"
 
 
 @dataclass(frozen=True)
 class BadSample:
-    """A sample that cannot be used: its index, where it lies and why."""
+    """A sample that cannot be used: its index, its place for people to find it, and the reason."""
 
     index: int
     where: str
@@ -39,7 +39,7 @@ class ShardReader:
 
     Args:
         dataset: an opened dataset.
-        cache: fetches the shards of a remote dataset; without it they lie in the dataset's folder.
+        cache: fetches the shards of a remote dataset; None when they are in the dataset's folder.
         observer: sees the checks.
     """
 
@@ -62,23 +62,23 @@ class ShardReader:
         return rows["height"], rows["width"], rows["label"]
 
     def read(self, sample_ids_B: NDArray[np.int64]) -> list[bytes | BadSample]:
-        """The encoded image of each sample, or what is wrong with it."""
+        """The encoded image of each sample, or the reason why it is bad."""
         rows = self.samples[sample_ids_B]
         wanted = list(zip(sample_ids_B.tolist(), rows.tolist(), strict=True))
-        if len(wanted) > 1:  # let the kernel fetch what follows while the first is checked
+        if len(wanted) > 1:  # the kernel fetches the others while the first is checked
             for _, row in wanted:
                 self._announce(row[0], row[1], row[2])
         return [self._read_one(index, row) for index, row in wanted]
 
     def close(self) -> None:
-        """Closes the shards; reads that are under way finish first."""
+        """Closes the shards; running reads finish first."""
         with self._lock:
             self._open.clear()
         if self._cache is not None:
             self._cache.close()
 
     def where(self, index: int) -> str:
-        """Names a sample for people: shard, offset, and the member's name from the tar header in front of its bytes."""
+        """Names a sample for people: shard, offset, and the member's name from the tar header before its bytes."""
         shard, offset = int(self.samples["shard"][index]), int(self.samples["offset"][index])
         try:
             header = self._pread(shard, 100, max(offset - 512, 0))
@@ -97,7 +97,7 @@ class ShardReader:
         return BadSample(index, self.where(index), reason) if reason else data
 
     def _pread(self, shard: int, size: int, offset: int) -> bytes:
-        file = self._file(shard)  # held until it is read: another thread may drop it from the table meanwhile
+        file = self._file(shard)  # this reference keeps it open if another thread drops it from the table
         return os.pread(file.fileno(), size, offset)
 
     def _announce(self, shard: int, offset: int, size: int) -> None:
@@ -105,10 +105,10 @@ class ShardReader:
             file = self._file(shard)
             os.posix_fadvise(file.fileno(), offset, size, os.POSIX_FADV_WILLNEED)
         except OSError:
-            return  # only advice; the read itself reports what is wrong
+            return  # only a hint: the read itself reports the error
 
     def _file(self, shard: int) -> FileIO:
-        """An open shard. Dropping it from the table closes it as soon as no reader holds it any more."""
+        """Returns an open shard. Dropped from the table, it closes as soon as no reader holds it."""
         with self._lock:
             file = self._open.get(shard)
             if file is not None:
@@ -116,7 +116,7 @@ class ShardReader:
                 return file
         file = self._open_shard(shard)
         with self._lock:
-            file = self._open.setdefault(shard, file)  # another thread may have been faster
+            file = self._open.setdefault(shard, file)  # another thread may have opened it first
             while len(self._open) > OPEN_SHARDS:
                 self._open.popitem(last=False)
         return file
@@ -127,7 +127,7 @@ def fault(data: bytes, size: int, crc32: int, image_format: int) -> str | None:
     if len(data) != size:
         return f"cut short: {len(data)} of {size} bytes"
     if zlib.crc32(data) != crc32:
-        return f"crc32 is {zlib.crc32(data):08x} where the sample table means {crc32:08x}"
+        return f"expected crc32 {crc32:08x}, found {zlib.crc32(data):08x}"
     if image_format == ImageFormat.JPEG and (data[:3] != JPEG_START or data.rfind(JPEG_END) < 0):
-        return "no JPEG from start to end marker"
+        return "not a JPEG from start to end marker"
     return None

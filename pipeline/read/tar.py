@@ -1,11 +1,11 @@
-"""packed samples -> [tar + .idx] -> loader: the bytes of a shard, written deterministically and walked strictly.
+"""Reads tars strictly, from a stream (`tar_members`) or by headers only (`walk_tar`), and writes shards and indexes.
 
-A shard is a plain USTAR archive: mode 0644, owner 0, time 0, no names of users, regular files only, so that the same
-samples give the same bytes on any machine. Its DALI index is text: `v1.2 N`, then one line a sample with
-`extension offset size name` for each component. The offsets are known while writing, so the index costs nothing.
+tarfile and webdataset take a damaged header for the end of the archive and silently drop what follows. Here every
+header's checksum is verified, and an archive without an end mark, or with data after it, is an error.
 
-`walk_tar` reads headers only and believes none of them: tarfile and webdataset take a damaged header for the end of the
-archive and silently drop what follows.
+A shard is a plain USTAR archive: mode 0644, owner 0, time 0, no user names, regular files only. The same samples give
+the same bytes on any machine. Its DALI index is text: `v1.2 N`, then for each sample one line with `extension offset
+size name` of each component.
 """
 
 import hashlib
@@ -18,10 +18,11 @@ from patchmill.pipeline.read.image_headers import IMAGE_EXTENSIONS
 from patchmill.pipeline.read.manifest import ImageFormat
 
 BLOCK = 512
+END_OF_ARCHIVE = bytes(2 * BLOCK)
 
 
 class Readable(Protocol):
-    """Anything to read from front to back; `read` gives no bytes at the end."""
+    """Anything that is read from front to back; `read` returns no bytes at the end."""
 
     def read(self, size: int, /) -> bytes: ...
 
@@ -31,14 +32,14 @@ class TarDamage(ValueError):
 
 
 def padded(size: int) -> int:
-    """Bytes that `size` bytes of content take in a tar."""
+    """Bytes in a tar of `size` bytes of content."""
     return -(-size // BLOCK) * BLOCK
 
 
 def tar_members(file: Readable) -> Iterator[tuple[str, bytes]]:
     """Yields name and content of the regular files of an uncompressed tar, in order.
 
-    Knows USTAR, old V7, GNU long names and PAX paths and sizes. Only `file.read` is used: any stream will do.
+    Knows USTAR, old V7, GNU long names and PAX paths and sizes. Needs only `file.read`.
     """
     offset, long_name, pax = 0, "", dict[str, str]()
     while True:
@@ -63,9 +64,9 @@ def tar_members(file: Readable) -> Iterator[tuple[str, bytes]]:
 
 
 def tar_samples(file: Readable) -> Iterator[tuple[str, dict[str, bytes]]]:
-    """Groups members that follow each other into samples: (key, content by extension), as WebDataset does.
+    """Groups consecutive members into samples, (key, content by extension), as WebDataset does.
 
-    `a/b.seg.png` has the key `a/b` and the extension `seg.png`; names without both are passed over.
+    `a/b.seg.png` has the key `a/b` and the extension `seg.png`; names without both are skipped.
     """
     key, parts = "", dict[str, bytes]()
     for name, content in tar_members(file):
@@ -110,7 +111,7 @@ def checked_header(header: bytes, offset: int) -> tuple[int, bytes]:
         else:
             size = int(header[124:136].strip(b"\0 ") or b"0", 8)
     except ValueError:
-        raise TarDamage(f"has no tar header at byte {offset}: it is damaged there, or no tar") from None
+        raise TarDamage(f"has no tar header at byte {offset}: it is damaged there, or not a tar") from None
     if stored != sum(header) - sum(header[148:156]) + 8 * 32:
         raise TarDamage(f"has a damaged header at byte {offset} (its checksum is wrong)")
     return size, header[156:157]
@@ -126,7 +127,7 @@ def header_name(header: bytes) -> str:
 
 
 def pax_fields(content: bytes, offset: int) -> dict[str, str]:
-    """Records `length key=value\\n` of a PAX header."""
+    """The records `length key=value\\n` of a PAX header."""
     found = {}
     try:
         while content.strip(b"\0"):
@@ -137,9 +138,6 @@ def pax_fields(content: bytes, offset: int) -> dict[str, str]:
     except (ValueError, IndexError):
         raise TarDamage(f"has a damaged PAX header at byte {offset}") from None
     return found
-
-
-END_OF_ARCHIVE = bytes(2 * BLOCK)
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,9 +174,9 @@ def tar_header(name: str, size: int) -> bytes:
 
 
 class ShardWriter:
-    """Writes one shard and its index; `add` a sample's components together, then `finish`.
+    """Writes one shard and its index: `add` each sample with all its components, then `finish`.
 
-    Holds only the index lines in memory. `sha256` is of the whole tar, hashed while it is written.
+    Keeps only the index lines in memory, and hashes the tar while it writes.
     """
 
     def __init__(self, file: BinaryIO) -> None:
@@ -214,12 +212,12 @@ class ShardWriter:
 
 
 def index_text(lines: list[str]) -> str:
-    """The DALI index, version 1.2, of these sample lines."""
+    """The text of a DALI index, version 1.2, with these lines of samples."""
     return f"v1.2 {len(lines)}\n" + "".join(line + "\n" for line in lines)
 
 
 def index_of(members: list[TarMember]) -> str:
-    """The text of the DALI index of a tar with these members: consecutive members of one key make a sample."""
+    """The text of the DALI index of a tar with these members; consecutive members with one key are a sample."""
     lines: list[list[str]] = []
     last = None
     for member in members:
@@ -234,7 +232,7 @@ def index_of(members: list[TarMember]) -> str:
 
 
 def image_format(name: str) -> ImageFormat | None:
-    """The format that a member's WebDataset extension stands for; None when it is no image of a dataset."""
+    """The image format of a member, by its WebDataset extension; None when a dataset cannot hold it as an image."""
     split = split_key(name)
     return IMAGE_EXTENSIONS.get(split[1].lower()) if split else None
 
@@ -242,8 +240,11 @@ def image_format(name: str) -> ImageFormat | None:
 def walk_tar(file: BinaryIO) -> Iterator[TarMember]:
     """Yields the regular files of an uncompressed tar in order, reading headers only.
 
-    Knows USTAR, old V7, GNU long names and PAX paths and sizes. TarDamage for a bad header checksum, data past the end
-    of the file, entries after the end mark, or a missing end mark (a writer was killed: what came last may be lost).
+    Knows USTAR, old V7, GNU long names and PAX paths and sizes.
+
+    Raises:
+        TarDamage: a wrong header checksum, a member that exceeds the file, data after the end mark, or no end mark (a
+            writer was killed, and the last members may be lost).
     """
     end = file.seek(0, 2)
     offset, long_name, pax = 0, "", dict[str, str]()
@@ -283,7 +284,7 @@ def walk_tar_file(path: Path) -> list[TarMember]:
 
 
 def _require_only_zeros(file: BinaryIO, offset: int, end: int) -> None:
-    """Nothing may follow the end mark: two zeroed headers in the middle hide the rest from every reader."""
+    """Checks that nothing follows the end mark: zeroed headers in the middle hide the rest from every reader."""
     file.seek(offset)
     while chunk := file.read(1 << 20):
         if chunk.count(0) != len(chunk):

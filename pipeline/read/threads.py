@@ -1,7 +1,7 @@
-"""stages -> [prefetch] -> training step: a thread that runs ahead, and a queue that holds it back.
+"""Runs tasks in a pool of threads, and an iterator in a thread that works ahead of its consumer.
 
-The consumer never hangs: an exception in a stage reaches it as that exception, a dead thread or too long a wait as an
-error.
+The consumer never hangs: an exception in a thread is raised where its result is fetched, and a dead thread or too long
+a wait is an error.
 """
 
 import queue
@@ -12,11 +12,15 @@ from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future
 from typing import Any, Self
 
-JOIN_SECONDS = 5  # how long `close` waits for tasks that have begun
+JOIN_SECONDS = 5  # how long Pool.close waits for running tasks
+POLL_SECONDS = 0.2  # how soon a thread at a full queue notices that it must stop, and a consumer that its thread died
 
 
 class Pool:
-    """A fixed number of daemon threads that run tasks in the order of their submission."""
+    """A fixed number of daemon threads that start tasks in the order of submission.
+
+    Not concurrent.futures: the interpreter waits for its threads at exit, and a read that hangs would block it.
+    """
 
     def __init__(self, workers: int, name: str) -> None:
         self._tasks: queue.SimpleQueue = queue.SimpleQueue()
@@ -27,13 +31,13 @@ class Pool:
             thread.start()
 
     def submit(self, function: Callable, *args: Any) -> Future:
-        """Lets a thread run `function(*args)`; the future's `result` gives what it returns or raises what it raises."""
+        """Runs `function(*args)` in a thread; the future's `result` returns or raises what the function does."""
         future: Future = Future()
         self._tasks.put((future, function, args))
         return future
 
     def close(self) -> None:
-        """Drops the tasks that have not begun, and waits for the others, though not for ever."""
+        """Drops the tasks that have not started and waits for the others, at most JOIN_SECONDS."""
         while not self._tasks.empty():
             self._tasks.get()[0].cancel()
         for _ in self._threads:
@@ -56,17 +60,14 @@ def _work(tasks: queue.SimpleQueue) -> None:
             continue
         try:
             future.set_result(function(*args))
-        except BaseException as error:  # `result` raises it where the batch is put together
+        except BaseException as error:  # `result` raises it in the consumer's thread
             future.set_exception(error)
 
 
-POLL_SECONDS = 0.2  # how soon a full queue notices that it is to stop, and an empty one that its thread is dead
-
-
 class Prefetcher:
-    """Runs an iterator in a thread of its own, up to `depth` items ahead.
+    """Runs an iterator in its own thread, up to `depth` items ahead.
 
-    The thread holds no reference to this object: dropping it, like `close`, ends the thread.
+    The thread holds no reference to this object: dropping the last reference ends the thread, as `close` does.
     """
 
     def __init__(self, items: Iterator[Any], depth: int) -> None:
@@ -79,18 +80,18 @@ class Prefetcher:
         self._thread.start()
 
     def get(self, timeout_seconds: float) -> Any:
-        """The next item; raises what a stage raised, or TimeoutError."""
+        """Returns the next item. Raises what the iterator raised, or TimeoutError."""
         deadline = time.monotonic() + timeout_seconds
         while True:
             try:
                 item = self._queue.get(timeout=POLL_SECONDS)
             except queue.Empty:
                 if not self._thread.is_alive():
-                    raise RuntimeError("the loader's thread has ended without a batch") from None
+                    raise RuntimeError("the loader's thread ended without a batch") from None
                 if time.monotonic() > deadline:
                     raise TimeoutError(
-                        f"no batch within {timeout_seconds:g} s: the storage hangs, or is slower than that; "
-                        "raise data.timeout_seconds if it may be"
+                        f"no batch within {timeout_seconds:g} s: the storage hangs or is too slow; "
+                        "raise data.timeout_seconds if it needs longer"
                     ) from None
                 continue
             if isinstance(item, BaseException):
@@ -98,7 +99,7 @@ class Prefetcher:
             return item
 
     def __len__(self) -> int:
-        """Items that are ready."""
+        """Number of items that are ready."""
         return self._queue.qsize()
 
     def close(self) -> None:
@@ -111,11 +112,11 @@ def _produce(items: Iterator[Any], out: queue.Queue, stop: threading.Event) -> N
         for item in items:
             if not _put(item, out, stop):
                 break
-    except BaseException as error:  # the consumer raises it: nothing may end this thread in silence
+    except BaseException as error:  # the consumer raises it: this thread must not end silently
         _put(error, out, stop)
     finally:
         if isinstance(items, Generator):
-            items.close()  # ends the stages' own threads
+            items.close()  # stops the threads of the stages
 
 
 def _put(item: Any, out: queue.Queue, stop: threading.Event) -> bool:
@@ -130,7 +131,7 @@ def _put(item: Any, out: queue.Queue, stop: threading.Event) -> bool:
 
 def _end(thread: threading.Thread, out: queue.Queue, stop: threading.Event) -> None:
     stop.set()
-    while not out.empty():  # a batch is tens of megabytes: not to be kept by a forgotten queue
+    while not out.empty():  # a batch is tens of megabytes: free them now
         out.get_nowait()
     if thread is not threading.current_thread():
         thread.join(timeout=10)

@@ -1,8 +1,8 @@
-"""shards -> [tiff] -> pixels: images of any number of channels, which neither JPEG nor PNG can hold.
+"""Writes and reads TIFFs, for images with more channels than JPEG and PNG can hold.
 
-The only TIFF that a dataset holds is the simplest one: one uncompressed strip, 8 bits a value, channels interleaved
-(TIFF 6.0, sections 2 to 6; ExtraSamples 0 for what exceeds RGB or grey). Any TIFF reader opens it, and here it costs no
-copy: the pixels are a view of the file's bytes. Other TIFFs are left to Pillow when they are packed.
+A dataset contains only the simplest kind: one uncompressed strip, 8 bits a value, channels interleaved (TIFF 6.0,
+sections 2 to 6; ExtraSamples 0 for channels beyond RGB or grey). Any TIFF reader opens it, and reading needs no copy:
+the pixels are a view of the file's bytes. Pillow reads other TIFFs when they are packed.
 """
 
 import struct
@@ -20,7 +20,7 @@ SIZES = {1: 1, 2: 1, SHORT: 2, LONG: 4}
 
 
 def write_tiff(pixels: np.ndarray) -> bytes:
-    """Encodes uint8 [height, width, channels] pixels; the layout is header, directory, long values, pixels."""
+    """Encodes uint8 [height, width, channels] pixels. Layout: header, directory, long values, pixels."""
     height, width, channels = pixels.shape
     assert pixels.dtype == np.uint8
     colours = 3 if channels >= 3 else 1
@@ -55,8 +55,10 @@ def write_tiff(pixels: np.ndarray) -> bytes:
 def read_tiff(data: bytes | memoryview) -> np.ndarray:
     """Pixels, uint8 [height, width, channels], as a view of `data`.
 
-    Reads uncompressed, interleaved 8-bit TIFFs, grey or RGB, upright, whose strips follow each other; ValueError names
-    anything else.
+    Reads uncompressed, interleaved, upright 8-bit TIFFs, grey or RGB, with consecutive strips.
+
+    Raises:
+        ValueError: any other TIFF; the message gives the reason.
     """
     buffer = memoryview(data)
     order = {b"II": "<", b"MM": ">"}.get(bytes(buffer[:2]))
@@ -83,7 +85,7 @@ def read_tiff(data: bytes | memoryview) -> np.ndarray:
 
 
 def _directory(buffer: memoryview, order: str) -> dict[int, list[int]]:
-    """Tag -> values, of the first directory; none for values that are neither bytes, shorts nor longs."""
+    """Values by tag of the first directory; an empty list for types other than bytes, shorts and longs."""
     (start,) = struct.unpack_from(order + "I", buffer, 4)
     (count,) = struct.unpack_from(order + "H", buffer, start)
     tags: dict[int, list[int]] = {}

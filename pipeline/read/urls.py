@@ -1,8 +1,8 @@
-"""data.path -> [urls] -> fsspec: what may be opened, what may be shown, and which errors are worth another try.
+"""Opens URLs through fsspec: which are allowed, how they appear in messages, and which errors are worth a retry.
 
-fsspec comes with the extra `remote`. Only the schemes below are opened, and no link-local address, not even by a
-redirect: a list of shards that someone else wrote must neither run a shell nor ask a cloud machine's metadata service
-for its keys. Passwords and query strings, which hold signatures, never reach a message.
+fsspec comes with the extra `remote`. Only the schemes below are opened, and never a link-local address, not even
+through a redirect: a list of shards from someone else must not run a shell or read the keys of a cloud machine from its
+metadata service. Messages never contain passwords or query strings, which hold signatures.
 """
 
 import ipaddress
@@ -15,11 +15,11 @@ from urllib.parse import urlsplit, urlunsplit
 
 SCHEMES = frozenset(["http", "https", "s3", "gs", "gcs", "az", "abfs", "hf", "memory", "file"])
 BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}")
-STALL_SECONDS = 60  # without a byte before a connection counts as dead; shards may take as long as they need
+STALL_SECONDS = 60  # without a byte, a connection counts as dead; a whole shard has no time limit
 
 
 def is_url(text: str) -> bool:
-    """Whether this names something by a scheme (`s3://...`, and also `pipe:...`)."""
+    """Whether the text starts with a scheme (`s3://...`, also `pipe:...`)."""
     return "://" in text or text.startswith("pipe:")
 
 
@@ -34,13 +34,13 @@ def redact(url: str) -> str:
 
 
 def join(url: str, name: str) -> str:
-    """The URL of a file in a folder; a query, such as a signature, is kept."""
+    """The URL of a file in a folder; keeps a query, such as a signature."""
     parts = urlsplit(url)
     return urlunsplit(parts._replace(path=f"{parts.path.rstrip('/')}/{name}"))
 
 
 def beside(url: str, suffix: str) -> str:
-    """The URL or path of the file beside this one with another suffix; a query is kept."""
+    """The same URL or path with another suffix; keeps a query."""
     if not is_url(url):
         return str(Path(url).with_suffix(suffix))
     parts = urlsplit(url)
@@ -48,7 +48,7 @@ def beside(url: str, suffix: str) -> str:
 
 
 def expand_braces(text: str) -> list[str]:
-    """`shard-{000..002}.tar` -> the three names; text without such braces as it is."""
+    """Expands `shard-{000..002}.tar` into three names; returns text without such braces unchanged."""
     found = BRACES.search(text)
     if not found:
         return [text]
@@ -58,10 +58,10 @@ def expand_braces(text: str) -> list[str]:
 
 
 def open_filesystem(url: str) -> tuple[Any, str]:
-    """(fsspec file system, path in it) of a URL; ValueError for what is not opened or lacks its package."""
+    """Returns (fsspec file system, path in it). Raises ValueError for a scheme not allowed or a missing package."""
     parts = urlsplit(url)
     if parts.scheme not in SCHEMES:
-        raise ValueError(f"{parts.scheme}: URLs are not opened; there are: {', '.join(sorted(SCHEMES))}")
+        raise ValueError(f"{parts.scheme}: URLs are not opened; use one of {', '.join(sorted(SCHEMES))}")
     try:
         import fsspec
 
@@ -76,14 +76,14 @@ def open_filesystem(url: str) -> tuple[Any, str]:
 
 
 def transient_errors() -> tuple[type[BaseException], ...]:
-    """What a network may throw for a moment, of the libraries that are loaded; OSError has the rest."""
+    """Errors that a retry may mend: OSError and those of the network libraries that are loaded."""
     names = {"aiohttp": "ClientError", "botocore.exceptions": "BotoCoreError", "requests": "RequestException"}
     loaded = [getattr(sys.modules[module], name) for module, name in names.items() if module in sys.modules]
     return (OSError, TimeoutError, EOFError, *loaded)
 
 
 def is_forbidden(error: BaseException) -> bool:
-    """Whether an error means missing credentials, which no second attempt mends."""
+    """Whether an error means missing credentials: a retry does not help."""
     return isinstance(error, PermissionError) or getattr(error, "status", 0) in (401, 403)
 
 
@@ -92,7 +92,7 @@ class LinkLocalError(ValueError):
 
 
 async def _http_client(**options: Any) -> Any:
-    """The aiohttp session that fsspec asks for; redirects too connect only to addresses that are checked here."""
+    """The aiohttp session that fsspec asks for; it checks every address before connecting, also after a redirect."""
     import aiohttp
 
     class Resolver(aiohttp.ThreadedResolver):
@@ -102,9 +102,9 @@ async def _http_client(**options: Any) -> Any:
                 _refuse_link_local(each["host"])
             return found
 
-    # a literal address is not resolved: the socket's factory sees it
+    # the resolver never sees a literal address; the socket factory does
     connector = aiohttp.TCPConnector(resolver=Resolver(), socket_factory=_open_socket)
-    # the default ends every request after five minutes, however well it goes
+    # the default ends every request after five minutes, even if data still arrive
     timeout = aiohttp.ClientTimeout(total=None, sock_read=STALL_SECONDS)
     return aiohttp.ClientSession(connector=connector, timeout=timeout, **options)
 
@@ -119,4 +119,4 @@ def _open_socket(info: tuple[Any, ...]) -> socket.socket:
 def _refuse_link_local(address: str) -> None:
     host = ipaddress.ip_address(address.split("%")[0])
     if (getattr(host, "ipv4_mapped", None) or host).is_link_local:
-        raise LinkLocalError(f"{address} is a link-local address, where cloud machines keep their keys: not opened")
+        raise LinkLocalError(f"{address} is a link-local address, where cloud machines offer their keys: not opened")
