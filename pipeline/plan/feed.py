@@ -46,24 +46,22 @@ class SampleStore(Protocol):
 
 @dataclass(frozen=True)
 class CropConfig:
-    """How windows and flips are drawn; see draws.py.
-
-    Attributes:
-        kind: "random" (random-resized crop), "fixed" (fixed size, random place) or "centre".
-        rule: of random crops: "torchvision" or "tf".
-        scale, ratio: of random crops: range of the area's share and of width / height.
-        fraction: of fixed and centre crops: share of the shorter side.
-        flip: mirror half of the images.
-        aspect: width / height of the result.
-    """
+    """How windows and flips are drawn; see draws.py."""
 
     kind: str
+    """random (random-resized crop), fixed (fixed size, random place) or centre"""
     rule: str
+    """of random crops: torchvision or tf"""
     scale: tuple[float, float]
+    """of random crops: range of the area's share"""
     ratio: tuple[float, float]
+    """of random crops: range of width / height"""
     fraction: float
+    """of fixed and centre crops: share of the shorter side"""
     flip: bool
+    """mirror half of the images"""
     aspect: float
+    """width / height of the result"""
 
     def windows(
         self, seed: int, epoch: int, ids_B: Ids, heights_B: NDArray, widths_B: NDArray, repeats_B: Ids

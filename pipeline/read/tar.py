@@ -19,6 +19,8 @@ from patchmill.pipeline.read.manifest import ImageFormat
 
 BLOCK = 512
 END_OF_ARCHIVE = bytes(2 * BLOCK)
+REGULAR_FILES = (b"0", b"\0", b"7")
+GNU_LONG_NAME, PAX, PAX_GLOBAL = EXTENSIONS = (b"L", b"x", b"g")  # headers whose content is about other members
 
 
 class Readable(Protocol):
@@ -41,23 +43,21 @@ def tar_members(file: Readable) -> Iterator[tuple[str, bytes]]:
 
     Knows USTAR, old V7, GNU long names and PAX paths and sizes. Needs only `file.read`.
     """
-    offset, long_name, pax = 0, "", dict[str, str]()
+    offset, extended = 0, dict[str, str]()
     while True:
         header = _exactly(file, BLOCK, offset)
         if not any(header):
             break
         size, kind = checked_header(header, offset)
-        size = int(pax.get("size", size))
+        size = int(extended.get("size", size))
         content = _exactly(file, padded(size), offset + BLOCK)[:size]
+        if kind in EXTENSIONS:
+            extended |= extension_fields(kind, content, offset)
+        else:
+            if kind in REGULAR_FILES:
+                yield member_name(header, extended), content
+            extended = {}
         offset += BLOCK + padded(size)
-        if kind == b"L":
-            long_name = content.rstrip(b"\0").decode("utf-8", "surrogateescape")
-        elif kind == b"x":
-            pax = pax_fields(content, offset)
-        elif kind != b"g":
-            if kind in (b"0", b"\0", b"7"):
-                yield long_name or pax.get("path") or header_name(header), content
-            long_name, pax = "", {}
     while rest := file.read(1 << 20):
         if any(rest):
             raise TarDamage(f"has an end mark at byte {offset} but data after it: it is damaged there")
@@ -117,8 +117,10 @@ def checked_header(header: bytes, offset: int) -> tuple[int, bytes]:
     return size, header[156:157]
 
 
-def header_name(header: bytes) -> str:
-    """The name in a USTAR or older header."""
+def member_name(header: bytes, extended: dict[str, str]) -> str:
+    """The name of a member with these `extension_fields` before its USTAR or older header."""
+    if found := extended.get("long name") or extended.get("path"):
+        return found
     name = header[:100].split(b"\0", 1)[0]
     if header[257:263] == b"ustar\0":
         prefix = header[345:500].split(b"\0", 1)[0]
@@ -126,9 +128,16 @@ def header_name(header: bytes) -> str:
     return name.decode("utf-8", "surrogateescape")
 
 
-def pax_fields(content: bytes, offset: int) -> dict[str, str]:
-    """The records `length key=value\\n` of a PAX header."""
-    found = {}
+def extension_fields(kind: bytes, content: bytes, offset: int) -> dict[str, str]:
+    """What an extension header at byte `offset` says about the next member: GNU's "long name", or PAX records.
+
+    A PAX record is `length key=value\\n`. Global PAX headers are ignored.
+    """
+    if kind == GNU_LONG_NAME:
+        return {"long name": content.rstrip(b"\0").decode("utf-8", "surrogateescape")}
+    found: dict[str, str] = {}
+    if kind != PAX:
+        return found
     try:
         while content.strip(b"\0"):
             length = int(content.split(b" ", 1)[0])
@@ -247,7 +256,7 @@ def walk_tar(file: BinaryIO) -> Iterator[TarMember]:
             writer was killed, and the last members may be lost).
     """
     end = file.seek(0, 2)
-    offset, long_name, pax = 0, "", dict[str, str]()
+    offset, extended = 0, dict[str, str]()
     while True:
         file.seek(offset)
         header = file.read(BLOCK)
@@ -256,20 +265,16 @@ def walk_tar(file: BinaryIO) -> Iterator[TarMember]:
         if not any(header):
             break
         size, kind = checked_header(header, offset)
-        size = int(pax.get("size", size))
+        size = int(extended.get("size", size))
         data = offset + BLOCK
         if data + size > end:
             raise TarDamage(f"member at byte {offset} claims {size} bytes past the end of the file: it was cut short")
-        if kind in (b"L", b"x", b"g"):
-            content = file.read(size)
-            if kind == b"L":
-                long_name = content.rstrip(b"\0").decode("utf-8", "surrogateescape")
-            elif kind == b"x":
-                pax = pax_fields(content, offset)
+        if kind in EXTENSIONS:
+            extended |= extension_fields(kind, file.read(size), offset)
         else:
-            if kind in (b"0", b"\0", b"7"):
-                yield TarMember(long_name or pax.get("path") or header_name(header), data, size)
-            long_name, pax = "", {}
+            if kind in REGULAR_FILES:
+                yield TarMember(member_name(header, extended), data, size)
+            extended = {}
         offset = data + padded(size)
     _require_only_zeros(file, offset, end)
 
