@@ -1,10 +1,9 @@
-"""Whether `patchmill profile` is right: `python -m benchmarks.bench_profile IMAGES`.
+"""Checks what `patchmill profile` predicts: `python -m benchmarks.bench_profile IMAGES`.
 
-IMAGES is a folder or a .zip of JPEGs. Remedies: the loader is profiled, then each remedy is really applied and measured
-against the loader as it was, both running in turn; a prediction is good when the two gains are within 25 %. CPU time
-counts as well as the clock, since the machine may be shared: all remedies here but the second thread change the work,
-and work is what CPU time measures. Meters: the training loop with and without what it measures of itself, in blocks
-that take turns, and the time spent inside of these calls.
+IMAGES is a folder or a .zip of JPEGs. Remedies: profiles the loader, applies each remedy, and measures it against the
+loader as it was, both in turn; a prediction is good when the two gains are within 25 %. CPU time counts as well as the
+clock, because the machine may be shared: all remedies but the second thread change the work, which CPU time measures.
+Meters: the training loop with and without its own metrics, in blocks that take turns, and the time inside their calls.
 """
 
 import argparse
@@ -100,7 +99,7 @@ def gains(now: PretrainConfig, then: PretrainConfig, seconds: float, rounds: int
         rates = []
         for config in (now, then):
             with open_loader(config, CPU) as loader:
-                found, _ = consume(loader, seconds, warm_up=8)
+                found = consume(loader, seconds)
             images = BATCH * len(found.seconds)
             rates.append((images / sum(found.seconds), images / found.around.own))
         wall.append(rates[1][0] / rates[0][0])

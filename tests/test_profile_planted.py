@@ -14,7 +14,6 @@ from patchmill.tools.profiler.bottleneck import FRONT, STEP, THREADS, judge
 from patchmill.tools.profiler.loader import measure_loader
 from patchmill.tools.profiler.loader_bound import loader_model
 from patchmill.tools.profiler.remedies import remedies
-from patchmill.tools.profiler.spans import DECODE, FETCH, open_loader, watch
 from patchmill.tools.profiler.train import measure_train
 from patchmill.trainer.engine.step import Guard
 from patchmill.trainer.model.mae import MaskedAutoencoder
@@ -55,17 +54,17 @@ def loader_verdict(config):
 
 
 def test_a_throttled_disk(dataset, tmp_path, monkeypatch):
-    monkeypatch.setattr(os, "pread", slowly(os.pread, 0.005))
+    monkeypatch.setattr(os, "pread", slowly(os.pread, 0.015))
     profile = measure_loader(config(dataset, tmp_path), CPU, SECONDS)
     verdict = judge(loader_model(profile))
     assert (verdict.stage, verdict.resource) == ("storage", THREADS)
     assert "storage binds the loader" in verdict.sentence
-    assert profile.storage["cold"].p50_ms >= 5
+    assert profile.storage["cold"].p50_ms >= 15
     assert "reads that never wait" in [remedy.title for remedy in remedies(loader_model(profile), [], repeats=1)]
 
 
 def test_one_decode_thread(dataset, tmp_path, monkeypatch):
-    monkeypatch.setattr(decode_cpu, "decode_image", slowly(decode_image, 0.005))
+    monkeypatch.setattr(decode_cpu, "decode_image", slowly(decode_image, 0.015))
     model = loader_model(measure_loader(config(dataset, tmp_path, workers=1), CPU, SECONDS))
     verdict = judge(model)
     assert (verdict.stage, verdict.resource) == ("decode", THREADS)
@@ -73,7 +72,7 @@ def test_one_decode_thread(dataset, tmp_path, monkeypatch):
 
 
 def test_a_slow_host_copy(dataset, tmp_path, monkeypatch):
-    monkeypatch.setattr(BatchMaker, "_to_device", slowly(BatchMaker._to_device, 0.008))
+    monkeypatch.setattr(BatchMaker, "_to_device", slowly(BatchMaker._to_device, 0.03))
     verdict = loader_verdict(config(dataset, tmp_path))
     assert (verdict.stage, verdict.resource) == ("host copy", FRONT)
 
@@ -101,14 +100,3 @@ def test_a_straggling_rank(dataset, tmp_path):
     stage, sentence = json.loads(tmp_path.joinpath("verdict.json").read_text())
     assert stage == "rank 1"
     assert "most of it in its forward pass" in sentence
-
-
-def test_a_loader_that_is_watched_gives_the_same_batches(dataset, tmp_path):
-    with open_loader(config(dataset, tmp_path), CPU) as plain, open_loader(config(dataset, tmp_path), CPU) as watched:
-        spans = watch(watched)
-        for _ in range(8):
-            ours, theirs = next(watched), next(plain)
-            assert torch.equal(ours.images, theirs.images)
-            assert torch.equal(ours.plan.ids_keep, theirs.plan.ids_keep)
-    assert spans.total(DECODE).calls >= 32
-    assert spans.total(FETCH).wall > 0

@@ -1,13 +1,14 @@
-"""patchmill profile: what a run spends its time on, what binds it, what would relieve it; measured in two minutes.
+"""Profiles a run (`patchmill profile`): where its time goes, what binds it and what would help, in two minutes.
 
-Modes measure (profile_loader, profile_step, profile_train, profile_kernels), the verdict is arithmetic on what they
-found (profile_model, verdict, profile_remedies), and the rest draws it (profile_tables, profile_pictures, ...).
+The measuring modes are profiler/{loader,step,train,kernels}.py. The verdict is arithmetic on their numbers
+(bottleneck.py, loader_bound.py, remedies.py); tables.py, charts.py and page.py show it.
 """
 
 import dataclasses
 import os
 import shlex
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -67,11 +68,11 @@ class ProfileConfig:
 
     run: Annotated[PretrainConfig, tyro.conf.arg(name="")] = field(default_factory=PretrainConfig)
     seconds: float = 30.0
-    """about how long each mode measures; warm-ups come on top"""
+    """approximate time that each mode measures, without warm-ups"""
     plan: PlanConfig = field(default_factory=PlanConfig)
     """predicts images/s, hours and cost on another machine: --plan.gpus 8 --plan.cores 128"""
     batch: int | None = None
-    """images of one device's step; unset: the recipe's own, on a CPU no more than about a second's work"""
+    """images of one device's step; unset: the recipe's, on a CPU no more than about a second's work"""
 
     def __post_init__(self) -> None:
         if self.seconds <= 0:
@@ -126,45 +127,42 @@ def plan(argv: list[str]) -> int:
     """Runs `patchmill profile plan`."""
     args = parse(PlanArgs, "patchmill profile plan", argv)
     if not args.machine.gpus:
-        raise ValueError("--gpus is 0; give the machine one at least")
+        raise ValueError("--gpus is 0; it must be at least 1")
     report = profile_report.read(args.report)
     profile_tables.show({"plan": dataclasses.asdict(predict(report, args.machine))}, Console())
     return 0
 
 
 def parse_profile(argv: list[str]) -> ProfileConfig:
-    """The options of a command line. Raises ValueError for what cannot be right."""
+    """Parses a command line. Raises ValueError for options that cannot work."""
     run, rest = split_pretrain(argv, "to profile")
     default = ProfileConfig(run=dataclasses.replace(run, out=FOLDER))  # never a run's own folder
     return parse(ProfileConfig, "patchmill profile MODE", rest, text=EXAMPLE, default=default)
 
 
 def measure(mode: str, options: ProfileConfig, command: str) -> dict[str, Any] | None:
-    """Measures and judges; the report, None on every rank but the first."""
+    """Measures and judges. Returns the report; None on every rank but the first."""
     device = _device(options.run)
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     if ranks > 1 and mode != "train":
-        raise ValueError(f"profile {mode} measures one rank; start it without torchrun (train takes several)")
+        raise ValueError(f"profile {mode} measures one rank: start it without torchrun (only train takes several)")
     config = fitting_batch(options.run, device, options.batch, ranks)
     folder = _folder(Path(config.out))
+    whole = with_options(config, train__global_batch=config.train.global_batch * ranks)
+    steps: dict[str, tuple[str, Callable[[], Any]]] = {
+        "kernels": ("measuring our operators", lambda: measure_kernels(config, device)),
+        "step": ("measuring the step", lambda: measure_step(config, device, options.seconds, folder / "trace.json.gz")),
+        "loader": ("measuring the loader", lambda: measure_loader(config, device, options.seconds)),
+        "train": ("running the training loop", lambda: measure_train(whole, device, options.seconds)),
+    }
     sections: dict[str, Any] = {}
-    say = Console(stderr=True).print if is_first() else _say_nothing
+    console = Console(stderr=True, quiet=not is_first())
     with Neighbours() as around:
-        if mode in ("kernels", "all"):
-            say("[dim]measuring our operators")
-            sections["kernels"] = measure_kernels(config, device)
-        if mode in ("step", "all"):
-            say("[dim]measuring the step")
-            sections["step"] = measure_step(config, device, options.seconds, folder / "trace.json.gz")
-        trials: list[Trial] = []
-        if mode in ("loader", "all"):
-            say("[dim]measuring the loader")
-            sections["loader"] = measure_loader(config, device, options.seconds)
-            trials = measure_trials(config, device, options.seconds / 6)
-        if mode in ("train", "all"):
-            say("[dim]running the training loop")
-            whole = with_options(config, train__global_batch=config.train.global_batch * ranks)
-            sections["train"] = measure_train(whole, device, options.seconds)
+        for name, (what, run) in steps.items():
+            if mode in (name, "all"):
+                console.print(f"[dim]{what}")
+                sections[name] = run()
+        trials = measure_trials(config, device, options.seconds / 6) if "loader" in sections else []
     if not is_first():
         return None
     model, verdict, found = conclude(sections, trials, config, around.noise)
@@ -172,7 +170,7 @@ def measure(mode: str, options: ProfileConfig, command: str) -> dict[str, Any] |
 
 
 def _folder(out: Path) -> Path:
-    """Makes the folder of a report. Raises ValueError where something else stands there."""
+    """Makes the folder of a report. Raises ValueError where the path is already used for something else."""
     for name, what in ((STATUS, "a run"), (MANIFEST_NAME, "a dataset")):
         if (out / name).exists():
             raise ValueError(f"--out {out} holds {what}; choose another folder for the report")
@@ -185,19 +183,15 @@ def _folder(out: Path) -> Path:
 def conclude(
     sections: dict[str, Any], trials: list[Trial], config: PretrainConfig, noise: str | None
 ) -> tuple[Model | None, Verdict | None, list[Remedy]]:
-    """What the measurements mean: the model of the stages, what binds, and what would help."""
+    """Returns the model of the stages, the verdict, and the remedies."""
     loader: LoaderProfile | None = sections.get("loader")
     step: StepProfile | None = sections.get("step")
     train: TrainProfile | None = sections.get("train")
-    model: Model | None = None
-    if loader is not None:
-        model = loader_model(loader)
+    model, measured = (loader_model(loader), loader.together.images_per_s.median) if loader else (None, None)
     if step is not None:
         base = model or Model([], {CORES: float(len(os.sched_getaffinity(0)))})
         model = with_step(base, step.seconds_per_image, step.cpu_seconds / step.batch, step.seconds.spread)
-    measured = None
-    if loader is not None and step is None:
-        measured = loader.together.images_per_s.median
+        measured = None
     if train is not None:
         measured = train.images_per_s / train.world_size
     verdict = judge(model, noise, measured) if model is not None else None
@@ -215,10 +209,6 @@ def _device(config: PretrainConfig) -> torch.device:
         raise ValueError("device cuda was asked for but torch sees no CUDA device; use --device cpu")
     kind = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
     return torch.device(kind, int(os.environ.get("LOCAL_RANK", "0"))) if kind == "cuda" else torch.device("cpu")
-
-
-def _say_nothing(*_: object) -> None:
-    pass
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""measured stages -> [verdict] -> one sentence: what binds a run, by how much, and what would bind next.
+"""Finds which stage limits a run from measured costs, and says so in one sentence: by how much, and what comes next.
 
 The model is that of operational analysis (Denning and Buzen, "The operational analysis of queueing network models",
 1978). A run is a chain of stages with queues between them. Each stage holds some resources for a while for every image:
@@ -7,10 +7,10 @@ serve c / s images a second, and a run goes at most as fast as its slowest resou
 
     decode holds a thread and a core for 1.5 ms, resize for 0.5 ms, the step holds the device for 0.4 ms
     2 threads: 2 / 2.0 ms = 1,000 images/s    2 cores: 1,000 images/s    device: 1 / 0.4 ms = 2,500 images/s
-    -> the threads bind, most of their time is decode's: "decode binds: 1,000 of the 2,500 images/s ..."
+    The threads bind, and decode takes most of their time: "decode binds: 1,000 of the 2,500 images/s ..."
 
-It is a bound: queues that are short and stages that vary lose a little. Ratios of two predictions lose the same, which
-is why gains are predicted as ratios (profile_remedies.py). Pure functions of measured numbers; nothing is timed here.
+This is an upper bound: short queues and varying stages lose a little. Two predictions lose the same, so gains are
+predicted as ratios (remedies.py). Pure functions of measured numbers; nothing is timed here.
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,80 +21,80 @@ CORES = "cores"
 STORAGE = "storage"
 LINK = "host-to-device link"
 FRONT = "loader's thread"
-"""the one thread that plans batches, moves them to the device and draws their masks"""
+"""one thread that plans batches, moves them to the device and draws their masks"""
 GIL = "Python interpreter"
-"""the lock that only one thread of a process holds: planning and bookkeeping"""
+"""its lock, which only one thread of a process can hold: planning and bookkeeping"""
 DEVICE = "device"
 STEP = "step"
 
 CLOSE = 1.15
-"""resources nearer than this share the blame: the bound is least exact there"""
+"""resources within this ratio bind together: the bound is least exact there"""
 STRAGGLES, STRAGGLES_IN_NOISE = 1.25, 2.0
-"""a rank this many times slower than the median of the others holds all of them up; on a machine that others use too"""
+"""a rank this many times slower than the median of the others delays them; on a machine that others use too"""
 
 
 @dataclass(frozen=True)
 class Stage:
-    """What one image costs at a stage."""
+    """The cost of one image at a stage."""
 
     name: str
     holds: Mapping[str, float]
-    """seconds for which an image holds each resource"""
+    """seconds by resource"""
     spread: float = 0.0
     """half of the interquartile range of these seconds, over their median"""
 
 
 @dataclass(frozen=True)
 class Model:
-    """Stages, and how many servers each resource has (threads, cores; 1 for what there is one of)."""
+    """Stages, and the number of servers of each resource (threads, cores; 1 for a single device)."""
 
     stages: Sequence[Stage]
     servers: Mapping[str, float]
 
     def held(self, resource: str) -> float:
-        """Seconds for which one image holds a resource, over all stages."""
+        """Returns the seconds for which one image holds a resource, over all stages."""
         return sum(stage.holds.get(resource, 0.0) for stage in self.stages)
 
     def supplies(self) -> dict[str, float]:
-        """Images per second that each resource can serve, slowest first; resources that nothing holds are left out."""
+        """Returns the images per second of each resource that a stage holds, slowest first."""
         held = {name: self.held(name) for name in self.servers}
         rates = {name: self.servers[name] / seconds for name, seconds in held.items() if seconds > 0}
         return dict(sorted(rates.items(), key=lambda item: item[1]))
 
     def images_per_s(self) -> float:
-        """The bound on the whole: the slowest resource."""
+        """Returns the bound on the whole: the rate of the slowest resource."""
         return next(iter(self.supplies().values()))
 
     def without(self, name: str) -> "Model":
-        """The same without a stage."""
+        """Returns the model without a stage."""
         return replace(self, stages=[stage for stage in self.stages if stage.name != name])
 
     def largest(self, resource: str) -> Stage:
-        """The stage that holds a resource longest."""
+        """Returns the stage that holds a resource longest."""
         return max(self.stages, key=lambda stage: stage.holds.get(resource, 0.0))
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What binds."""
+    """The stage that binds."""
 
     stage: str
-    """the stage that holds the binding resource longest"""
+    """it holds the binding resource longest"""
     resource: str
     share: float
     """of the binding resource's time that this stage takes"""
     images_per_s: float
     """the bound"""
     measured: float | None
-    """images per second of the whole as it ran; None where only its parts were measured"""
+    """images per second of the whole; None where only its parts were measured"""
     wanted: float | None
-    """images per second that the step takes when nothing keeps it waiting; None where no step was measured"""
+    """images per second of a step that never waits; None where no step was measured"""
     next_stage: str | None
     next_resource: str | None
     headroom: float | None
-    """what the next resource could serve over what the binding one serves"""
+    """rate of the next resource over that of the binding one"""
     certain: bool
-    """whether the binding stage stands out from the next beyond the spread of the measurements"""
+    """whether the two rates differ by more than the measurements spread"""
     sentence: str
 
 
@@ -102,9 +102,8 @@ def judge(model: Model, noise: str | None = None, measured: float | None = None)
     """Names the binding stage.
 
     Args:
-        model: what was measured, part by part.
-        measured: images per second of the whole as it ran.
-        noise: why the machine was too noisy to trust small differences, None where it was quiet.
+        noise: why small differences cannot be trusted; None on a quiet machine.
+        measured: images per second of the whole.
     """
     supplies = model.supplies()
     resource, rate = next(iter(supplies.items()))
@@ -125,21 +124,20 @@ def judge(model: Model, noise: str | None = None, measured: float | None = None)
 
 
 def straggler(own_seconds_R: Sequence[float], noise: str | None = None) -> int | None:
-    """The rank that the others wait for, from each rank's own seconds a step before they meet; None when they are even.
+    """Finds the rank that the others wait for, from each rank's seconds a step before they meet; None if they are even.
 
     Example: [0.10, 0.11, 0.31, 0.10] -> 2
     """
     if len(own_seconds_R) < 2:
         return None
-    slowest = max(range(len(own_seconds_R)), key=lambda rank: own_seconds_R[rank])
-    others = sorted(seconds for rank, seconds in enumerate(own_seconds_R) if rank != slowest)
-    middle = others[len(others) // 2]
-    return slowest if own_seconds_R[slowest] > (STRAGGLES_IN_NOISE if noise else STRAGGLES) * middle else None
+    *others, longest = sorted(own_seconds_R)
+    limit = (STRAGGLES_IN_NOISE if noise else STRAGGLES) * others[len(others) // 2]
+    return own_seconds_R.index(longest) if longest > limit else None
 
 
 def rounded(rate: float) -> str:
-    """A rate for people: 2.6, 196 or 12,345."""
-    return f"{rate:,.0f}" if rate >= 100 else f"{rate:.1f}"
+    """Formats a rate: 0.05, 2.6, 196 or 12,345."""
+    return f"{rate:,.0f}" if rate >= 100 else f"{rate:.1f}" if rate >= 1 else f"{rate:.2g}"
 
 
 def _sentence(verdict: Verdict, model: Model, noise: str | None) -> str:
@@ -157,7 +155,8 @@ def _sentence(verdict: Verdict, model: Model, noise: str | None) -> str:
             of_step = f"{rounded(rate)} of the {rounded(verdict.wanted)} images/s that the step could take"
             facts.append(f"{verdict.stage} binds: {of_step} ({rate / verdict.wanted:.0%})")
         if verdict.share < 1:
-            facts.append(f"it takes {verdict.share:.0%} of the time of the {_count(model, verdict.resource)}")
+            held = counted(verdict.resource, model.servers[verdict.resource])
+            facts.append(f"it takes {verdict.share:.0%} of the time of the {held}")
         if verdict.next_stage and verdict.headroom is not None:
             facts.append(f"{verdict.next_stage} would bind next, at {verdict.headroom:.1f} times this rate")
     text = "; ".join(facts) + "."
@@ -173,6 +172,7 @@ def _sentence(verdict: Verdict, model: Model, noise: str | None) -> str:
     return text
 
 
-def _count(model: Model, resource: str) -> str:
-    servers = model.servers[resource]
-    return resource if servers == 1 else f"{round(servers, 1):g} {resource}"
+def counted(resource: str, servers: float) -> str:
+    """Names a resource with the number of its servers: "2 cores", "device"."""
+    count = round(servers, 1)
+    return resource if count == 1 else f"{count:g} {resource}"

@@ -1,7 +1,7 @@
-"""report -> [profile_pictures] -> charts: stages, resources, step times, parts, roofline, sweep, kernels, remedies.
+"""Draws the charts of a report: resources, remedies, stages, sweep, step times, parts, roofline, kernels.
 
-Each chart is a function of a report that draws on one pair of axes, so that the page (SVG) and the PNGs are the same
-picture. A chart whose data the report lacks is not drawn.
+Each chart is a function that draws on one pair of axes; the page (SVG) and the PNGs show the same pictures. A chart
+whose data the report lacks is not drawn.
 """
 
 import io
@@ -9,44 +9,39 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from patchmill.tools.profiler.bottleneck import rounded
+from patchmill.tools.profiler.bottleneck import STEP, counted, rounded
 from patchmill.trainer.draw.style import AMBER, BLUE, GREEN, INK, PALE_BLUE, RED, STAGES
 
 WIDTH = 6.4
 """inches of every chart"""
 WIDEST = 5.0
-"""times the binding rate, where the axis of the resources ends"""
+"""end of the axis of resources, in binding rates"""
 Report = dict[str, Any]
 Draw = Callable[[Report, Any], None]
 
 
 def charts(report: Report) -> dict[str, tuple[str, Draw, float]]:
-    """Name -> (caption, how to draw it, height in inches) of the charts a report has data for, in reading order."""
-    step, loader, train = report.get("step"), report.get("loader"), report.get("train")
-    found: dict[str, tuple[str, Draw, float]] = {}
-    if "model" in report:
-        caption = "What each resource could serve, by the stages that hold it. The lowest binds."
-        found["resources"] = caption, resources, 1.3 + 0.42 * len(report["model"]["supplies"])
-    if report.get("remedies"):
-        found["remedies"] = "Predicted gain of what could be done.", remedies, 0.8 + 0.42 * len(report["remedies"])
-    if loader:
-        found["waterfall"] = "An image's way through the loader: one thread, nothing else running.", waterfall, 2.9
-        found["sweep"] = "The whole loader under other settings: medians and quartiles.", sweep, 2.7
-    if train:
-        found["steps"] = "Each step of the training loop, in order.", steps, 2.4
-        found["histogram"] = "Step times of the training loop.", histogram, 2.4
-    if step and step["parts"]:
-        found["parts"] = "One update by the model's parts.", parts, 0.8 + 0.27 * len(step["parts"])
-    if step and step["roofline"]:
-        caption = "Forward passes under the roof of this device; a dot's area is its share of the time."
-        found["roofline"] = caption, roofline, 3.9
-    if "kernels" in report:
-        found["kernels"] = "Our operators against a copy of as many bytes.", kernels, 2.6
-    return found
+    """Returns the charts that a report has data for, in reading order: (caption, function, inches) by name."""
+    step, loader, train, model = (report.get(name) or {} for name in ("step", "loader", "train", "model"))
+    supplies, gains, taken = model.get("supplies", ()), report.get("remedies", ()), step.get("parts", ())
+    every = {
+        "resources": (supplies, "What each resource could serve, by the stages that hold it. The lowest binds.",
+                      resources, 1.3 + 0.42 * len(supplies)),
+        "remedies": (gains, "Predicted gains.", remedies, 0.8 + 0.42 * len(gains)),
+        "waterfall": (loader, "One image in the loader: one thread, nothing else running.", waterfall, 2.9),
+        "sweep": (loader, "The whole loader under other settings: medians and quartiles.", sweep, 2.7),
+        "steps": (train, "Each step of the training loop, in order.", steps, 2.4),
+        "histogram": (train, "Step times of the training loop.", histogram, 2.4),
+        "parts": (taken, "One update by the model's parts.", parts, 0.8 + 0.27 * len(taken)),
+        "roofline": (step.get("roofline"),
+                     "Forward passes under the device's roof; a dot's area is its share of the time.", roofline, 3.9),
+        "kernels": (report.get("kernels"), "Our operators against a copy of as many bytes.", kernels, 2.6),
+    }  # fmt: skip
+    return {name: (caption, draw, height) for name, (data, caption, draw, height) in every.items() if data}
 
 
 def svg(report: Report, draw: Draw, height: float) -> str:
-    """One chart as an SVG element, for a page."""
+    """Returns one chart as an SVG element."""
     text = io.StringIO()
     _render(report, draw, height, text, "svg")
     return text.getvalue()[text.getvalue().index("<svg") :]
@@ -68,15 +63,9 @@ def _render(report: Report, draw: Draw, height: float, to: Any, kind: str) -> No
     from matplotlib import pyplot
 
     style: Any = {
-        "svg.fonttype": "none",
-        "svg.hashsalt": "patchmill",
-        "font.size": 9,
-        "font.family": "sans-serif",
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.edgecolor": INK,
-        "axes.axisbelow": True,
-    }
+        "svg.fonttype": "none", "svg.hashsalt": "patchmill", "font.size": 9, "font.family": "sans-serif",
+        "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": INK, "axes.axisbelow": True,
+    }  # fmt: skip
     with pyplot.rc_context(style):
         figure, axes = pyplot.subplots(figsize=(WIDTH, height), dpi=120, layout="constrained")
         draw(report, axes)
@@ -86,61 +75,40 @@ def _render(report: Report, draw: Draw, height: float, to: Any, kind: str) -> No
 
 def resources(report: Report, axes: Any) -> None:
     """Images per second of each resource, split by the stages that hold it; the binding one on top."""
-    model = report["model"]
-    names = list(model["supplies"])
-    colours = _colours([stage["name"] for stage in model["stages"]])
-    end = min(WIDEST * model["supplies"][names[0]], 1.02 * max(model["supplies"].values()))
-    drawn: set[str] = set()
-    for row, resource in enumerate(names):
-        rate, left = model["supplies"][resource], 0.0
-        held = {stage["name"]: stage["holds"].get(resource, 0.0) for stage in model["stages"]}
-        for name, seconds in held.items():
-            width = min(rate, end) * seconds / sum(held.values())
-            if width > 0.004 * end:
-                label = None if name in drawn else name
-                axes.barh(row, width, left=left, color=colours[name], height=0.62, label=label)
-                drawn.add(name)
-            left += width
-        _beside(axes, left, row, rounded(rate), bold=row == 0)
-    axes.axvline(model["supplies"][names[0]], color=RED, linewidth=1, linestyle="--")
-    counts = {name: round(count, 1) for name, count in model["servers"].items()}
-    labels = [name if counts[name] == 1 else f"{counts[name]:g} {name}" for name in names]
-    axes.set_yticks(range(len(names)), labels)
-    axes.set_xlim(0, 1.14 * end)
-    axes.invert_yaxis()
-    axes.set_xlabel("images per second" + ("; long bars are cut" if max(model["supplies"].values()) > end else ""))
+    model, supplies = report["model"], report["model"]["supplies"]
+    held = {name: sum(stage["holds"].get(name, 0.0) for stage in model["stages"]) for name in supplies}
+    binding, most = min(supplies.values()), max(supplies.values())
+    end = min(WIDEST * binding, 1.02 * most)
+    layers = []
+    for number, stage in enumerate(model["stages"]):
+        colour = RED if stage["name"] == STEP else STAGES[number % len(STAGES)]
+        widths = [min(rate, end) * stage["holds"].get(name, 0.0) / held[name] for name, rate in supplies.items()]
+        layers.append((stage["name"], colour, [width if width > 0.004 * end else 0.0 for width in widths]))
+    names = [counted(name, model["servers"][name]) for name in supplies]
+    notes = [rounded(rate) for rate in supplies.values()]
+    _bars(axes, names, layers, notes, "images per second" + ("; long bars are cut" if most > end else ""), line=binding)
     axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=5, frameon=False, fontsize=8, borderpad=0)
 
 
 def remedies(report: Report, axes: Any) -> None:
     """Predicted gains, best on top."""
     rows = report["remedies"]
-    for row, remedy in enumerate(rows):
-        axes.barh(row, remedy["gain"], color=GREEN if remedy["basis"] == "measured" else BLUE, height=0.62)
-        _beside(axes, remedy["gain"], row, f"x{remedy['gain']:.2f}", bold=True)
-    axes.axvline(1, color=INK, linewidth=1)
-    axes.set_yticks(range(len(rows)), [remedy["title"] for remedy in rows])
-    axes.set_xlim(0, 1.15 * max(remedy["gain"] for remedy in rows))
-    axes.invert_yaxis()
-    axes.set_xlabel("times the images per second of now; green: from costs measured here")
+    kinds = (("measured", GREEN), ("arithmetic", BLUE))
+    layers = [(kind, colour, [row["gain"] * (row["basis"] == kind) for row in rows]) for kind, colour in kinds]
+    label = "times the images per second of now; green: from costs measured here"
+    _bars(axes, [row["title"] for row in rows], layers, [f"x{row['gain']:.2f}" for row in rows], label, line=1)
 
 
 def waterfall(report: Report, axes: Any) -> None:
     """Stages one after the other; light: on the clock, dark: of it on a core."""
-    left = 0.0
-    stages = report["loader"]["stages"]
-    for row, stage in enumerate(stages):
-        wall, cpu = stage["wall"]["median"] * 1e6, stage["cpu"]["median"] * 1e6
-        axes.barh(
-            row, wall, left=left, color=PALE_BLUE, height=0.7, label="waiting, or other programs" if row == 0 else None
-        )
-        axes.barh(row, min(cpu, wall), left=left, color=BLUE, height=0.7, label="on a core" if row == 0 else None)
-        _beside(axes, left + wall, row, f"{wall:,.0f}" if wall >= 10 else f"{wall:.1f}")
-        left += wall
-    axes.set_yticks(range(len(stages)), [stage["name"] for stage in stages])
-    axes.set_xlim(0, 1.1 * left)
-    axes.invert_yaxis()
-    axes.set_xlabel("microseconds an image")
+    rows = report["loader"]["stages"]
+    wall = [1e6 * row["wall"]["median"] for row in rows]
+    cpu = [min(1e6 * row["cpu"]["median"], each) for row, each in zip(rows, wall, strict=True)]
+    waits = [whole - busy for whole, busy in zip(wall, cpu, strict=True)]
+    layers = [("on a core", BLUE, cpu), ("waiting, or other programs", PALE_BLUE, waits)]
+    notes = [f"{each:,.0f}" if each >= 10 else f"{each:.1f}" for each in wall]
+    starts = [sum(wall[:row]) for row in range(len(wall))]
+    _bars(axes, [row["name"] for row in rows], layers, notes, "microseconds an image", starts=starts)
     axes.legend(frameon=False, fontsize=8, loc="upper right")
 
 
@@ -168,13 +136,10 @@ def steps(report: Report, axes: Any) -> None:
     """Every step's time in order, with its data wait."""
     train = report["train"]
     numbers = range(len(train["every_step"]))
-    axes.fill_between(
-        numbers, [1e3 * s for s in train["every_step"]], color=PALE_BLUE, step="mid", label="step", linewidth=0
-    )
-    axes.fill_between(
-        numbers, [1e3 * s for s in train["every_wait"]], color=AMBER, step="mid", label="waiting for data", linewidth=0
-    )
-    axes.set(xlabel="step", ylabel="milliseconds", xlim=(0, max(1, len(train["every_step"]) - 1)))
+    for name, colour, label in (("every_step", PALE_BLUE, "step"), ("every_wait", AMBER, "waiting for data")):
+        times = [1e3 * seconds for seconds in train[name]]
+        axes.fill_between(numbers, times, color=colour, step="mid", label=label, linewidth=0)
+    axes.set(xlabel="step", ylabel="milliseconds", xlim=(0, max(1, len(numbers) - 1)))
     axes.set_ylim(bottom=0)
     axes.legend(frameon=False, fontsize=8, loc="upper right", ncols=2)
 
@@ -192,17 +157,11 @@ def histogram(report: Report, axes: Any) -> None:
 
 def parts(report: Report, axes: Any) -> None:
     """Forward and backward time of each part."""
-    rows = report["step"]["parts"]
-    for row, part in enumerate(rows):
-        forward, backward = 1e3 * part["forward"], 1e3 * part["backward"]
-        axes.barh(row, forward, color=BLUE, height=0.66, label="forward, or all" if row == 0 else None)
-        axes.barh(row, backward, left=forward, color=AMBER, height=0.66, label="backward" if row == 0 else None)
-        share = (part["forward"] + part["backward"]) / report["step"]["profiled_seconds"]
-        _beside(axes, forward + backward, row, f"{share:.1%}")
-    axes.set_yticks(range(len(rows)), [part["name"] for part in rows])
-    axes.set_xlim(0, 1.12e3 * max(part["forward"] + part["backward"] for part in rows))
-    axes.invert_yaxis()
-    axes.set_xlabel("milliseconds an update")
+    rows, whole = report["step"]["parts"], report["step"]["profiled_seconds"]
+    kinds = (("forward", BLUE, "forward, or all"), ("backward", AMBER, "backward"))
+    layers = [(label, colour, [1e3 * row[name] for row in rows]) for name, colour, label in kinds]
+    notes = [f"{(row['forward'] + row['backward']) / whole:.1%}" for row in rows]
+    _bars(axes, [row["name"] for row in rows], layers, notes, "milliseconds an update")
     axes.legend(frameon=False, fontsize=8, loc="lower right")
 
 
@@ -234,22 +193,40 @@ def roofline(report: Report, axes: Any) -> None:
 def kernels(report: Report, axes: Any) -> None:
     """Each operator's bytes per second over the copy's."""
     rows = report["kernels"]["operators"]
-    for row, operator in enumerate(rows):
-        share = 100 * operator["of_copy"]
-        axes.barh(row, share, color=BLUE, height=0.62)
-        _beside(axes, share, row, f"{share:.0f} %, {1e6 * operator['seconds']['median']:,.0f} µs")
-    axes.axvline(100, color=RED, linestyle="--", linewidth=1)
-    axes.set_yticks(range(len(rows)), [operator["name"] for operator in rows])
-    axes.set_xlim(0, max(115.0, *(125 * operator["of_copy"] for operator in rows)))
+    shares = [100 * row["of_copy"] for row in rows]
+    notes = [
+        f"{share:.0f} %, {1e6 * row['seconds']['median']:,.0f} µs" for share, row in zip(shares, rows, strict=True)
+    ]
+    label = f"% of a copy ({report['kernels']['copy_gb_per_s']:,.1f} GB/s)"
+    _bars(axes, [row["name"] for row in rows], [("", BLUE, shares)], notes, label, line=100)
+
+
+def _bars(
+    axes: Any,
+    names: list[str],
+    layers: list[tuple[str, str, list[float]]],
+    notes: list[str],
+    label: str,
+    *,
+    starts: list[float] | None = None,
+    line: float | None = None,
+) -> None:
+    """Draws horizontal bars from top to bottom, each with a note to its right.
+
+    Args:
+        layers: (name, colour, width in each row), put end to end.
+        starts: where each bar begins; unset: at 0.
+        line: a value to mark.
+    """
+    ends = starts or [0.0] * len(names)
+    for name, colour, widths in layers:
+        if any(widths):
+            axes.barh(range(len(names)), widths, left=ends, color=colour, height=0.65, label=name)
+        ends = [end + width for end, width in zip(ends, widths, strict=True)]
+    for row, (end, note) in enumerate(zip(ends, notes, strict=True)):
+        axes.annotate(note, (end, row), xytext=(4, 0), textcoords="offset points", va="center", fontsize=8)
+    if line is not None:
+        axes.axvline(line, color=RED, linewidth=1, linestyle="--")
+    axes.set_yticks(range(len(names)), names)
+    axes.set(xlim=(0, 1.18 * max(*ends, line or 0.0)), xlabel=label)
     axes.invert_yaxis()
-    axes.set_xlabel(f"% of a copy ({report['kernels']['copy_gb_per_s']:,.1f} GB/s)")
-
-
-def _beside(axes: Any, x: float, row: int, text: str, *, bold: bool = False) -> None:
-    """A number to the right of a bar."""
-    weight = "bold" if bold else "normal"
-    axes.annotate(text, (x, row), xytext=(4, 0), textcoords="offset points", va="center", fontsize=8, fontweight=weight)
-
-
-def _colours(names: list[str]) -> dict[str, str]:
-    return {name: STAGES[number % len(STAGES)] for number, name in enumerate(names)} | {"step": RED}

@@ -1,8 +1,8 @@
-"""random images and tokens -> [patchmill profile kernels] -> our operators against a copy of as many bytes.
+"""Compares our operators with a copy of as many bytes, on random images and tokens.
 
-An operator that moves little more than it must is bound by memory, so that a large copy measured in the same run is its
-ceiling. Bytes count every input once and every output once. Imports torch alone: benchmarks/bench_kernels.py sets the
-same work beside the published formulation.
+An operator that moves little more than it must is bound by memory: a large copy, measured in the same run, is its
+ceiling. Bytes count every input once and every output once. benchmarks/bench_kernels.py runs the same work against the
+published formulation.
 """
 
 from collections.abc import Callable
@@ -25,7 +25,7 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 @dataclass(frozen=True)
 class Operator:
-    """One row: the operator as it is called, and the fewest bytes that it can move."""
+    """An operator's call, and the fewest bytes that it can move."""
 
     name: str
     call: Callable[[], object]
@@ -55,7 +55,7 @@ class KernelsProfile:
 
 
 class Workload:
-    """A batch of one model's sizes: B images, L patches, K kept, M masked, P values per patch, E decoder width.
+    """Inputs in one model's sizes: B images, L patches, K kept, M masked, P values per patch, E decoder width.
 
     One class token; three channels; three of four patches masked.
     """
@@ -83,29 +83,29 @@ class Workload:
         self.grad_tokens = torch.randn(batch, 1 + self.L, width, device=device).to(dtype)
 
     def our_masks(self) -> tuple[Tensor, ...]:
-        """Mask indices of a batch."""
+        """Draws the mask indices of a batch."""
         return mask_indices(0, 0, self.samples, self.L, self.K)
 
     def our_patches(self) -> Tensor:
-        """Visible patches, normalised."""
+        """Gathers the visible patches, normalised."""
         return gather_patches(self.images, self.keep, self.patch, MEAN, STD, self.dtype)
 
     def our_tokens(self) -> tuple[Tensor, ...]:
-        """The masked tokens of the last decoder block, and their gradient."""
+        """Gathers the masked tokens of the last decoder block; returns their gradient."""
         return torch.autograd.grad(gather_tokens(self.tokens, self.mask, None, 1), self.tokens, self.grad_rows)
 
     def our_unshuffle(self) -> tuple[Tensor, ...]:
-        """Decoder tokens, and their gradients."""
+        """Unshuffles decoder tokens; returns their gradients."""
         out = unshuffle(self.x, self.token, self.decoder_pos, self.restore, 1)
         return torch.autograd.grad(out, (self.x, self.token), self.grad_tokens)
 
     def our_loss(self) -> tuple[Tensor, ...]:
-        """Loss, and its gradient."""
+        """Computes the loss; returns its gradient."""
         loss = masked_mse(self.pred, self.images, self.mask, self.patch, MEAN, STD, True)
         return torch.autograd.grad(loss, self.pred)
 
     def our_step(self) -> list[Tensor]:
-        """The work of a step outside the network."""
+        """Does the work of a step outside the network."""
         keep, mask, restore = self.our_masks()
         patches = gather_patches(self.images, keep, self.patch, MEAN, STD, self.dtype)
         out = unshuffle(self.x, self.token, self.decoder_pos, restore, 1)
@@ -113,7 +113,7 @@ class Workload:
         return [patches, *torch.autograd.grad((out, loss), (self.x, self.token, self.pred), (self.grad_tokens, None))]
 
     def operators(self) -> list[Operator]:
-        """Every row, with its bytes: ids are 4 bytes, pixels 1, tokens and predictions `item`."""
+        """Returns every operator with its bytes: ids are 4 bytes, pixels 1, tokens and predictions `item`."""
         item, ids = self.dtype.itemsize, 4 * self.B
         row, kept, rows = self.width * item, self.B * (1 + self.K), self.B * (1 + self.L)
         masks = ids * 2 * self.L + 8 * self.B

@@ -1,19 +1,18 @@
-"""shards -> [patchmill profile loader] -> the loader as training uses it, beside what its stages cost alone.
+"""Measures the loader as training uses it, the cost of its stages alone, and other settings.
 
-Consumed as fast as it gives: images per second, time between batches, queue; then other settings, in turn. Real samples
-of the dataset all the time, in an epoch's order. The stages alone are measured in profile_stages.py.
+Batches are consumed as fast as they come: images per second, time between batches, length of the queue. All samples are
+real and come in an epoch's order.
 """
 
 import os
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing
 from dataclasses import dataclass, replace
-from typing import Any
+from itertools import islice
 
 import torch
+from torch import Tensor
 
-from patchmill.pipeline.decode import dali as decode_dali
 from patchmill.pipeline.decode.cpu import CpuDecoder
 from patchmill.pipeline.decode.dali import DaliDecoder
 from patchmill.pipeline.decode.resident import ResidentDecoder
@@ -21,14 +20,17 @@ from patchmill.pipeline.loader import Loader
 from patchmill.pipeline.read.manifest import open_dataset
 from patchmill.pipeline.read.shards import ShardReader
 from patchmill.pipeline.read.urls import is_url
-from patchmill.tools.profiler.spans import BATCH, COPY, DECODE, PLAN, RESIZE, TASK, Spans, open_loader, watch
-from patchmill.tools.profiler.stages import StageCost, measure_alone
+from patchmill.tools.profiler.spans import STAGES, Seconds, Seen, Spans, open_loader, stages
 from patchmill.tools.profiler.storage import Reading, measure_storage, percentiles
-from patchmill.tools.profiler.timing import Measured, Neighbours
+from patchmill.tools.profiler.timing import Measured, Neighbours, torch_threads, wait_for
 from patchmill.trainer.config.pretrain import PretrainConfig
 from patchmill.trainer.recipes.pretrain import with_options
 
 NAMES = {CpuDecoder: "cpu", DaliDecoder: "dali", ResidentDecoder: "resident"}
+LEAST_ROUNDS = 8
+"""batches, at least, of the stages alone"""
+SIZED = 256
+"""images, at least, whose mean size is reported"""
 WINDOWS = 8
 """parts of a measured stretch whose rates tell its spread"""
 HARDWARE_SHARES = (0.5, 0.65, 0.8)
@@ -36,8 +38,21 @@ HARDWARE_SHARES = (0.5, 0.65, 0.8)
 
 
 @dataclass(frozen=True)
+class StageCost:
+    """Seconds of one image at a stage."""
+
+    name: str
+    wall: Measured
+    """alone, on one thread"""
+    cpu: Measured
+    """of it on a core; the rest is waiting"""
+    together: float | None = None
+    """wall seconds in the running loader, where threads compete for the cores; None where it cannot be told"""
+
+
+@dataclass(frozen=True)
 class Together:
-    """The loader as training uses it, consumed as fast as it gives."""
+    """The loader as training uses it."""
 
     images_per_s: Measured
     images_per_cpu_s: float
@@ -48,7 +63,7 @@ class Together:
     interval_p95_ms: float
     interval_p99_ms: float
     queue_mean: float
-    """batches that lay ready when the next was asked for"""
+    """batches that were ready when the next was asked for"""
     queue_size: int
     threads_busy: float | None
     """share of the reader threads' time that they worked"""
@@ -68,7 +83,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class LoaderProfile:
-    """All that is known of a loader."""
+    """All that was measured of a loader."""
 
     decoder: str
     workers: int
@@ -80,12 +95,12 @@ class LoaderProfile:
     image_pixels: float
     stages: list[StageCost]
     explained: float | None
-    """share of the inline pass's wall time that lay in the stages' own clocks; None where a decoder is one graph"""
+    """share of the wall time, alone, that the stages account for; None where a decoder works on whole batches"""
     together: Together
     storage: dict[str, Reading]
     """cold and warm; empty where the data are not local shards"""
     fits_memory: bool
-    """whether the shards fit the free memory, so that storage is read once and then the page cache"""
+    """whether the shards fit the free memory: then storage is read once and later the page cache"""
     link_seconds: float
     """for one image to cross to the device; 0 on a CPU"""
     sweep: list[Setting]
@@ -98,107 +113,148 @@ def measure_loader(config: PretrainConfig, device: torch.device, seconds: float)
         config: its train.global_batch is the batch that is measured, on one rank.
     """
     with open_loader(config, device) as loader:
-        feeder, decoder = loader.maker.feeder, loader.maker.decoder
-        workers, name = decoder.workers, NAMES[type(decoder)]
-        images, store = loader.num_samples, getattr(feeder, "store", None)
+        workers, name = loader.maker.decoder.workers, NAMES[type(loader.maker.decoder)]
+        images, store = loader.num_samples, getattr(loader.maker.feeder, "store", None)
     shards = isinstance(store, ShardReader) and not is_url(config.data.path)
     storage = measure_storage(open_dataset(config.data.path), workers, 0.1 * seconds) if shards else {}
-    alone = measure_alone(config, device, 0.25 * seconds)
-    together, in_loader = _together(config, device, 0.25 * seconds, alone.image_bytes)
-    stages = [replace(stage, together=in_loader.get(stage.name)) for stage in alone.stages]
+    alone, explained, (size, pixels), link = _alone(config, device, 0.25 * seconds)
+    together, in_loader = _together(config, device, 0.25 * seconds, size)
     return LoaderProfile(
-        decoder=name,
-        workers=workers,
-        cores=len(os.sched_getaffinity(0)),
-        batch=config.train.global_batch,
-        images=images,
-        image_bytes=alone.image_bytes,
-        image_pixels=alone.image_pixels,
-        stages=stages,
-        explained=alone.explained,
-        together=together,
-        storage=storage,
-        fits_memory=images * alone.image_bytes < _free_bytes(),
-        link_seconds=alone.link_seconds,
-        sweep=sweep(config, device, workers, 0.3 * seconds),
-    )
+        decoder=name, workers=workers, cores=len(os.sched_getaffinity(0)), batch=config.train.global_batch,
+        images=images, image_bytes=size, image_pixels=pixels, explained=explained, together=together,
+        stages=[replace(stage, together=in_loader.get(stage.name)) for stage in alone], storage=storage,
+        fits_memory=images * size < os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), link_seconds=link,
+        sweep=_sweep(config, device, workers, 0.3 * seconds),
+    )  # fmt: skip
+
+
+def _alone(
+    config: PretrainConfig, device: torch.device, seconds: float
+) -> tuple[list[StageCost], float | None, tuple[float, float], float]:
+    """Measures the stages batch by batch, one thread at a time. The first batch is the warm-up.
+
+    Batches pass the loader's own stages one after the other. DALI and the resident decoder work on whole batches: their
+    decoding is what remains of a batch's time.
+
+    Returns:
+        The stages, the share of the time that they explain, (bytes, pixels) of an image, seconds of an image's copy.
+    """
+    spans, rounds = Spans(), list[dict[str, Seconds]]()
+    walls, inside = 0.0, 0.0
+    with torch_threads(1), open_loader(config, device, spans) as loader:
+        decoder, rows = loader.maker.decoder, loader.maker.feeder.local_batch
+        if inline := isinstance(decoder, CpuDecoder):
+            decoder.workers, decoder.batches_ahead = 1, 0  # nothing is decoded while the next stage works
+        with closing(loader.maker.batches(0, 0)) as batches:  # type: ignore[type-var]
+            end = time.perf_counter() + seconds
+            while len(rounds) <= LEAST_ROUNDS or time.perf_counter() < end:
+                before, start, cpu = spans.since(), time.perf_counter(), time.process_time()
+                batch, _ = next(batches)
+                wait_for(device)
+                whole = Seconds(time.perf_counter() - start, time.process_time() - cpu)
+                costs = stages(spans.since(before))
+                if inline and rounds:
+                    walls += whole.wall
+                    inside += sum(cost.wall for name, cost in costs.items() if name != "bookkeeping")
+                elif not inline:  # other threads read meanwhile, which takes their cores' time and not the clock's
+                    others = (Seconds(0.0 if name in ("storage", "checks") else cost.wall, cost.cpu)
+                              for name, cost in costs.items())  # fmt: skip
+                    costs["decode"] = whole.less(*others)
+                rounds.append({name: cost.over(rows) for name, cost in costs.items()})
+            link = _link_seconds(batch.images, device)
+        sizes = _sizes(loader)  # last: it would warm the caches
+    del rounds[0]
+    found = []
+    for name in STAGES:
+        each = [costs.get(name, Seconds()) for costs in rounds]
+        if any(cost.wall for cost in each):
+            found.append(StageCost(name, Measured.of([c.wall for c in each]), Measured.of([c.cpu for c in each])))
+    return found, inside / walls if inline else None, sizes, link
+
+
+def _sizes(loader: Loader) -> tuple[float, float]:
+    """Returns (mean bytes, mean pixels) of the epoch's first samples."""
+    feeder = loader.maker.feeder
+    sizes, pixels = list[int](), list[int]()
+    with closing(feeder.plans(0, 0)) as plans:  # type: ignore[type-var]
+        for plan in islice(plans, -(-SIZED // feeder.local_slots)):
+            sizes += map(len, feeder.fetch(plan, 0, feeder.local_slots))
+            pixels += (plan.heights_B.astype(int) * plan.widths_B).tolist()
+    return sum(sizes) / len(sizes), sum(pixels) / len(pixels)
+
+
+def _link_seconds(images: Tensor, device: torch.device) -> float:
+    """Returns the seconds for one image to reach a GPU from page-locked memory, in the copy of a whole batch."""
+    if device.type != "cuda":
+        return 0.0
+    pinned, taken = images.cpu().pin_memory(), []
+    for _ in range(5):
+        wait_for(device)
+        start = time.perf_counter()
+        pinned.to(device, non_blocking=True)
+        wait_for(device)
+        taken.append(time.perf_counter() - start)
+    return Measured.of(taken).median / len(images)
 
 
 def _together(
     config: PretrainConfig, device: torch.device, seconds: float, image_bytes: float
 ) -> tuple[Together, dict[str, float]]:
-    """The running loader, and wall seconds of an image at each of its stages there."""
-    with open_loader(config, device) as loader:
-        spans = watch(loader)
-        intervals, queue = consume(loader, seconds, warm_up=2 * config.data.prefetch_batches + 2, spans=spans)
-        decoder, rows = loader.maker.decoder, loader.maker.feeder.local_batch
-    images = rows * len(intervals.seconds)
-    rate = images / sum(intervals.seconds)
-    spent = intervals.spent
-    in_loader = {name: spent[key].wall / images for name, key in (("plan", PLAN), ("host copy", COPY))}
-    in_loader["masks"] = (spent[BATCH].wall - spent[COPY].wall) / images
-    busy = None
-    if isinstance(decoder, CpuDecoder):
-        busy = spent[TASK].wall / (decoder.workers * sum(intervals.seconds))
-        in_loader |= {"decode": spent[DECODE].wall / images, "resize": spent[RESIZE].wall / images}
-    p50, p95, p99 = percentiles(intervals.seconds)
+    """Returns the running loader, and wall seconds of an image at each of its stages."""
+    spans = Spans()
+    with open_loader(config, device, spans) as loader:
+        taken = consume(loader, seconds, spans)
+        workers = loader.maker.decoder.workers
+    wall, around = sum(taken.seconds), taken.around
+    images = config.train.global_batch * len(taken.seconds)
+    p50, p95, p99 = percentiles(taken.seconds)
     together = Together(
-        images_per_s=Measured.of(_rates(intervals.seconds, rows)),
-        images_per_cpu_s=images / intervals.around.own,
-        mb_per_s=rate * image_bytes / 1e6,
-        interval_p50_ms=1e3 * p50,
-        interval_p95_ms=1e3 * p95,
-        interval_p99_ms=1e3 * p99,
-        queue_mean=sum(queue) / len(queue),
-        queue_size=config.data.prefetch_batches,
-        threads_busy=busy,
-        cores_used=intervals.around.own / intervals.around.wall,
-        others=intervals.around.others,
-    )
-    return together, in_loader
+        images_per_s=Measured.of(taken.rates(config.train.global_batch)), images_per_cpu_s=images / around.own,
+        mb_per_s=images / wall * image_bytes / 1e6,
+        interval_p50_ms=1e3 * p50, interval_p95_ms=1e3 * p95, interval_p99_ms=1e3 * p99,
+        queue_mean=sum(spans.lengths) / len(spans.lengths), queue_size=config.data.prefetch_batches,
+        threads_busy=taken.seen["chunk"].wall / (workers * wall) if "chunk" in taken.seen else None,
+        cores_used=around.own / around.wall, others=around.others,
+    )  # fmt: skip
+    return together, {name: spent.wall / images for name, spent in stages(taken.seen).items()}
 
 
 @dataclass
-class Intervals:
-    """A stretch of batches taken as fast as they came."""
+class Stretch:
+    """Batches that were taken as fast as they came."""
 
     seconds: list[float]
     """between one batch and the next"""
-    spent: dict[str, Any]
-    """in the loader's stages, where they were watched"""
+    seen: Seen
+    """spent in the loader's stages, where an observer was given"""
     around: Neighbours
 
+    def rates(self, rows: int) -> list[float]:
+        """Images per second in consecutive windows of equal numbers of batches."""
+        step = max(1, len(self.seconds) // WINDOWS)
+        windows = [self.seconds[at : at + step] for at in range(0, len(self.seconds) - step + 1, step)]
+        return [rows * len(window) / sum(window) for window in windows]
 
-def consume(loader: Loader, seconds: float, warm_up: int, spans: Spans | None = None) -> tuple[Intervals, list[int]]:
-    """Takes batches as fast as they come; seconds between them and the queue's length at each."""
-    for _ in range(warm_up):
+
+def consume(loader: Loader, seconds: float, spans: Spans | None = None) -> Stretch:
+    """Takes batches as fast as they come, once the queue was emptied twice."""
+    for _ in range(2 * loader.config.prefetch_batches + 2):
         next(loader)
-    assert loader._prefetcher is not None
-    waiting = loader._prefetcher._queue
-    taken: list[float] = []
-    queue: list[int] = []
-    before = spans.snapshot() if spans else {}
+    spans = spans or Spans()
+    spans.lengths.clear()
+    taken, before = list[float](), spans.since()
     with Neighbours() as around:
         last = start = time.perf_counter()
         while last - start < seconds or len(taken) < WINDOWS:
-            queue.append(waiting.qsize())
             next(loader)
             now = time.perf_counter()
             taken.append(now - last)
             last = now
-    spent = {name: total.minus(before[name]) for name, total in spans.snapshot().items()} if spans else {}
-    return Intervals(taken, spent, around), queue
+    return Stretch(taken, spans.since(before), around)
 
 
-def _rates(intervals: list[float], rows: int) -> list[float]:
-    """Images per second in consecutive windows of equal numbers of batches."""
-    step = max(1, len(intervals) // WINDOWS)
-    parts = [intervals[at : at + step] for at in range(0, len(intervals) - step + 1, step)]
-    return [rows * len(part) / sum(part) for part in parts]
-
-
-def sweep(config: PretrainConfig, device: torch.device, workers: int, seconds: float) -> list[Setting]:
-    """Images per second with other numbers of threads, other batches and other shares for the JPEG engine, in turn."""
+def _sweep(config: PretrainConfig, device: torch.device, workers: int, seconds: float) -> list[Setting]:
+    """Measures other numbers of threads, other batches and other shares for the JPEG engine, in turn."""
     cores, batch = len(os.sched_getaffinity(0)), config.train.global_batch
     trials = [("workers", float(count)) for count in sorted({1, max(1, workers // 2), workers, cores, 2 * cores})]
     trials += [("batch", float(size)) for size in (max(1, batch // 2), 2 * batch)]
@@ -212,30 +268,16 @@ def sweep(config: PretrainConfig, device: torch.device, workers: int, seconds: f
 
 
 def _trial(config: PretrainConfig, device: torch.device, name: str, value: float, seconds: float) -> list[float]:
-    """Rates with one setting; none where the dataset is too small for the batch."""
-    data: dict[str, Any] = {"workers": int(value)} if name == "workers" else {}
+    """Returns rates with one setting; none where the dataset is too small for the batch."""
     if name == "batch":
         config = with_options(config, train__global_batch=int(value) // config.data.repeats * config.data.repeats)
-    with hardware_share(value if name == "hw_decoder_load" else None):
-        try:
-            loader = open_loader(config, device, **data)
-        except ValueError:
-            return []
-        with loader:
-            intervals, _ = consume(loader, seconds, warm_up=config.data.prefetch_batches + 2)
-            return _rates(intervals.seconds, loader.maker.feeder.local_batch)
-
-
-@contextmanager
-def hardware_share(share: float | None) -> Iterator[None]:
-    """Lets DALI give another share of the images to the JPEG engine for a while."""
-    usual = decode_dali.HARDWARE_SHARE
-    decode_dali.HARDWARE_SHARE = usual if share is None else share
+    elif name == "workers":
+        config = with_options(config, data__workers=int(value))
     try:
-        yield
-    finally:
-        decode_dali.HARDWARE_SHARE = usual
-
-
-def _free_bytes() -> int:
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        loader = open_loader(config, device)
+    except ValueError:
+        return []
+    with loader:
+        if name == "hw_decoder_load" and isinstance(loader.maker.decoder, DaliDecoder):
+            loader.maker.decoder.hardware_share = value
+        return consume(loader, seconds).rates(config.train.global_batch)

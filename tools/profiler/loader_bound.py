@@ -1,21 +1,19 @@
-"""loader and step profiles -> [profile_model] -> stages and servers for the verdict: who holds what for how long.
+"""Models a measured loader and step as stages that hold resources, for the verdict.
 
-Reader threads read, check, decode and resize. One more thread plans batches, moves them to the device and draws their
-masks. Planning and bookkeeping hold Python's lock. Everything on the host holds a core for its CPU time; a step on a
-CPU does too. A stage holds its thread for its wall time; but a reading thread's stage that only computes, and took less
-than twice its CPU time, was kept waiting by other programs: it is counted with its CPU time. Storage counts as a
-resource where the shards do not fit the memory, so that every epoch reads it again. Of the cores those count that other
-programs left to the running loader.
+Reader threads read, check, decode and resize. The loader's thread plans batches, moves them to the device and draws
+their masks. Planning and bookkeeping hold Python's lock. Everything on the host holds a core for its CPU time; so does
+a step on a CPU. A stage holds its thread for its wall time. But where a computing stage of the reader threads took less
+than twice its CPU time, other programs kept it waiting, and its CPU time counts. Storage counts as a resource where the
+shards do not fit the memory, because every epoch then reads it again. Cores are those that other programs left.
 """
 
 from collections.abc import Mapping
 
 from patchmill.tools.profiler.bottleneck import CORES, DEVICE, FRONT, GIL, LINK, STEP, STORAGE, THREADS, Model, Stage
-from patchmill.tools.profiler.loader import LoaderProfile
-from patchmill.tools.profiler.stages import StageCost
+from patchmill.tools.profiler.loader import LoaderProfile, StageCost
 
 DECODER = "decoder"
-"""DALI's graph, which has threads and queues of its own"""
+"""DALI's graph, which has its own threads and queues"""
 HOLDERS: Mapping[str, tuple[str, ...]] = {
     "plan": (FRONT, GIL),
     "storage": (THREADS,),
@@ -24,25 +22,26 @@ HOLDERS: Mapping[str, tuple[str, ...]] = {
     "resize": (THREADS,),
     "bookkeeping": (THREADS, GIL),
     "masks": (FRONT,),
+    "colour": (FRONT,),
     "host copy": (FRONT,),
 }
 """what a stage holds besides a core"""
 COMPUTES = ("checks", "decode", "resize", "bookkeeping")
-"""stages of the reader threads that have nothing to wait for"""
+"""stages of the reader threads that never wait for anything"""
 WAITS = 2.0
 """times its CPU time: a stage that took longer did wait"""
 
 
 def loader_model(profile: LoaderProfile) -> Model:
-    """The loader by itself."""
-    stages = [_stage(cost, profile) for cost in profile.stages]
+    """Models the loader by itself."""
     one = dict.fromkeys((FRONT, GIL, LINK, STORAGE, DECODER), 1.0)
     left = max(profile.together.cores_used, profile.cores - profile.together.others, 1.0)  # one can always be had
-    return Model(stages, {THREADS: float(profile.workers), CORES: left, **one})
+    servers = {THREADS: float(profile.workers), CORES: left, **one}
+    return Model([_stage(cost, profile) for cost in profile.stages], servers)
 
 
 def with_step(model: Model, seconds: float, cpu_seconds: float, spread: float) -> Model:
-    """The loader and a step that takes so many seconds, and CPU seconds of this host, for an image."""
+    """Adds a step that takes so many seconds, and CPU seconds of this host, for an image."""
     step = Stage(STEP, {DEVICE: seconds, CORES: cpu_seconds}, spread)
     return Model([*model.without(STEP).stages, step], {**model.servers, DEVICE: 1.0})
 

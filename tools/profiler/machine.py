@@ -1,4 +1,4 @@
-"""where numbers are taken -> [machine] -> reports, benchmark pages: processor, commit, versions, date."""
+"""Describes the machine and the code for reports and benchmark pages: processor, commit, versions, date."""
 
 import os
 import platform
@@ -10,7 +10,7 @@ from pathlib import Path
 
 
 def processor() -> str:
-    """The processor's model name, and the vector units that these programs use."""
+    """Returns the processor's model name, and the vector units that we use."""
     info = Path("/proc/cpuinfo")
     text = info.read_text() if info.exists() else ""
     model = next((line.split(":")[1].strip() for line in text.splitlines() if line.startswith("model name")), "CPU")
@@ -18,7 +18,7 @@ def processor() -> str:
 
 
 def commit() -> str:
-    """The commit of the checkout, with `+` if files differ from it; outside a repository $COMMIT, or `unknown`."""
+    """Returns the checkout's commit, with `+` if files differ from it; outside a repository $COMMIT, or `unknown`."""
     if shutil.which("git"):
         command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty=+"]
         if found := subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip():
@@ -27,7 +27,7 @@ def commit() -> str:
 
 
 def versions(*packages: str) -> str:
-    """Python and those of the packages that are installed."""
+    """Returns the versions of Python and of the packages that are installed."""
     found = [f"Python {platform.python_version()}"]
     for package in packages:
         try:
@@ -38,5 +38,5 @@ def versions(*packages: str) -> str:
 
 
 def today() -> str:
-    """The date (UTC), as in the names of result files."""
+    """Returns the date (UTC), as in the names of result files."""
     return time.strftime("%Y-%m-%d", time.gmtime())

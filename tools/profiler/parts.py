@@ -1,9 +1,9 @@
-"""one update -> [profile_parts] -> seconds of the model's own parts, forward and backward, and a trace to look at.
+"""Splits one update into the model's parts: seconds forward and backward, FLOPs and bytes, and a trace to look at.
 
-torch.profiler sees operators; people think in parts. Hooks put each module's forward pass under its part's name while
-the profiler runs, and nothing of them stays. An operator of the backward pass carries the sequence number of the
-forward one that it belongs to, which is how it finds its part. What follows the backward pass is the guard (gradient
-norm, decision, average over ranks) and the optimizer. The same ranges are written into the trace (ui.perfetto.dev).
+torch.profiler sees operators; people think in parts. While the profiler runs, hooks put each module's forward pass
+under its part's name; they are removed afterwards. An operator of the backward pass carries the sequence number of the
+forward operator that it differentiates, which gives its part. The guard (gradient norm, decision, average over ranks)
+and the optimizer follow the backward pass. The trace (ui.perfetto.dev) has the same ranges.
 """
 
 import gzip
@@ -12,7 +12,7 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,18 +28,14 @@ from torch.utils.flop_counter import flop_registry
 from patchmill.tools.profiler.timing import wait_for
 
 MARK = "part: "
-
 BACKWARD = "autograd::engine::evaluate_function"
-
 REST = "rest of the model"
-
 OPERATORS = {
     "patchmill::gather_patches": "patch gather",
     "patchmill::unshuffle": "unshuffle",
     "patchmill::masked_loss": "loss",
 }
-"""our operators that the model calls outside of any module"""
-
+"""our operators that the model calls outside any module"""
 PARTS = (
     (r"patch_embed", "patch embed"),
     (r"blocks\.\d+\.attn", "encoder attention"),
@@ -57,7 +53,7 @@ PARTS = (
 
 @dataclass(frozen=True)
 class Part:
-    """Seconds of one update; forward holds all of what has no backward pass."""
+    """Seconds of one update; forward has all the time of parts without a backward pass."""
 
     name: str
     forward: float
@@ -66,7 +62,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Parts:
-    """One update taken apart."""
+    """One update, split."""
 
     parts: list[Part]
     wall: float
@@ -74,12 +70,12 @@ class Parts:
 
     @property
     def explained(self) -> float:
-        """Share of the wall time that lies in the parts; on a GPU the rest is time in which it had nothing to do."""
+        """The parts' share of the wall time; on a GPU the rest is idle time."""
         return sum(part.forward + part.backward for part in self.parts) / self.wall
 
 
 def part_of(module: str) -> str | None:
-    """The part that a module of this name is, None for those inside one.
+    """Returns the part that a module is, None for modules inside a part.
 
     Example: "blocks.3.mlp" -> "encoder MLP"; "blocks.3.mlp.fc1" -> None.
     """
@@ -91,15 +87,15 @@ def part_of(module: str) -> str | None:
 def take_apart(
     model: nn.Module, step: Callable[[], object], device: torch.device, trace: Path | None, steps: int = 3
 ) -> Parts:
-    """Profiles a few updates of an eager model.
+    """Profiles a few updates of an eager model, and splits them.
 
     Args:
-        step: one update; it ran before.
-        trace: a .json.gz file to write, None for none.
+        step: one update, already warmed up.
+        trace: a .json.gz file to write.
     """
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it would tell stderr that it starts and stops
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # otherwise it reports start and stop on stderr
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device.type == "cuda" else [])
-    with _named_parts(model), profile(activities=activities) as seen:
+    with around_parts(model, lambda part: record_function(MARK + part)), profile(activities=activities) as seen:
         wait_for(device)
         start = time.perf_counter()
         for _ in range(steps):
@@ -119,42 +115,27 @@ def take_apart(
 
 
 @contextmanager
-def around_parts(model: nn.Module, enter: Callable[[str], object], leave: Callable[[], object]) -> Iterator[None]:
-    """Calls `enter(part)` before each part's forward pass and `leave()` after it; parts may lie within parts."""
+def around_parts(model: nn.Module, span: Callable[[str], AbstractContextManager[object]]) -> Iterator[None]:
+    """Runs each part's forward pass within `span(part)`; parts may contain parts."""
+    entered: list[AbstractContextManager[object]] = []
 
-    def before(part: str) -> Callable[..., None]:
-        def hook(*_: object) -> None:
-            enter(part)
+    def enter(part: str) -> None:
+        entered.append(span(part))
+        entered[-1].__enter__()
 
-        return hook
-
-    def after(*_: object) -> None:
-        leave()
+    def leave(*_: object) -> None:
+        entered.pop().__exit__(None, None, None)
 
     with ExitStack() as hooks:
         for name, module in model.named_modules():
-            part = part_of(name)
-            if part is not None:
-                hooks.callback(module.register_forward_pre_hook(before(part)).remove)
-                hooks.callback(module.register_forward_hook(after).remove)
-        yield
-
-
-@contextmanager
-def _named_parts(model: nn.Module) -> Iterator[None]:
-    """Puts each part's forward pass under its name, for the profiler."""
-    ranges: list[Any] = []
-
-    def enter(part: str) -> None:
-        ranges.append(record_function(MARK + part))
-        ranges[-1].__enter__()
-
-    with around_parts(model, enter, lambda: ranges.pop().__exit__(None, None, None)):
+            if (part := part_of(name)) is not None:
+                hooks.callback(module.register_forward_pre_hook(lambda *_, part=part: enter(part)).remove)
+                hooks.callback(module.register_forward_hook(leave).remove)
         yield
 
 
 def _owners(events: list[Any]) -> list[tuple[Any, tuple[str, bool]]]:
-    """Each operator's part, and whether it is of the backward pass."""
+    """Returns each operator with its part, and whether it belongs to the backward pass."""
     forward_part: dict[int, str] = {}
     found: list[tuple[Any, tuple[str, bool]]] = []
     last_backward, backward_began = REST, False
@@ -189,7 +170,7 @@ def _parents(event: Any) -> Iterator[Any]:
 
 
 def _write_trace(seen: Any, backward_parts: dict[int, str], path: Path) -> None:
-    """The profiler's trace with the ranges of the parts in it, those of the backward pass too."""
+    """Writes the profiler's trace with the ranges of the parts, forward and backward."""
     plain = path.with_suffix("")
     seen.export_chrome_trace(str(plain))
     trace = json.loads(plain.read_text(encoding="utf-8"))
@@ -214,7 +195,7 @@ def _write_trace(seen: Any, backward_parts: dict[int, str], path: Path) -> None:
 
 
 class Counter(TorchDispatchMode):
-    """Adds up FLOPs and bytes of operators, by the part that is on top of the stack.
+    """Adds up the FLOPs and bytes of operators by part.
 
     Attributes:
         counts: part -> [FLOPs, bytes].
@@ -222,15 +203,20 @@ class Counter(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.stack: list[str] = []
+        self.stack = [REST]
         self.counts: dict[str, list[float]] = {}
 
+    @contextmanager
+    def inside(self, part: str) -> Iterator[None]:
+        """Counts operators to a part."""
+        self.stack.append(part)
+        yield
+        self.stack.pop()
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Runs an operator and counts it."""
+        """Runs and counts an operator."""
         out = func(*args, **(kwargs or {}))
-        part = self.stack[-1] if self.stack else REST
-        if part == REST:
-            part = OPERATORS.get(func.name().split(".")[0], REST)
+        part = self.stack[-1] if self.stack[-1] != REST else OPERATORS.get(func.name().split(".")[0], REST)
         sums = self.counts.setdefault(part, [0.0, 0.0])
         formula = flop_registry.get(func.overloadpacket)
         if formula is not None:
@@ -242,7 +228,7 @@ class Counter(TorchDispatchMode):
 
 
 def count_forward(model: nn.Module, forward: Callable[[], object]) -> dict[str, tuple[float, float]]:
-    """(FLOPs, bytes) of each part in one forward pass."""
-    with torch.no_grad(), Counter() as counter, around_parts(model, counter.stack.append, counter.stack.pop):
+    """Returns (FLOPs, bytes) of each part in one forward pass."""
+    with torch.no_grad(), Counter() as counter, around_parts(model, counter.inside):
         forward()
     return {part: (flops, size) for part, (flops, size) in counter.counts.items()}

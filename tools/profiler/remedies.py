@@ -1,8 +1,8 @@
-"""model, samples -> [profile_remedies] -> what would relieve the binding stage, and by how much.
+"""Predicts what would relieve the binding stage, and by how much.
 
-Each remedy is the model once more with what it would change: more servers, or stages that cost less. What a stage would
-cost is measured on samples of the dataset itself, taking turns with what it costs now (smaller images, another filter,
-another decoder, another precision); a number of threads or cores is arithmetic. The gain is the ratio of two bounds.
+Each remedy is the model with a change: more servers, or cheaper stages. The cost of a changed stage is measured on
+samples of the dataset, taking turns with what it costs now (smaller images, another filter, another precision); more
+threads or cores are arithmetic. The gain is the ratio of two bounds.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ from patchmill.tools.profiler.timing import torch_threads
 from patchmill.trainer.config.pretrain import PretrainConfig
 
 WORTH = 1.03
-"""gains below this are not worth a line"""
+"""smaller gains are left out"""
 ROOM = 256 / 224
 """shorter side of smaller shards over the side of the crop, as ImageNet is usually prepared"""
 SAMPLES = 48
@@ -33,7 +33,7 @@ SAMPLES = 48
 
 @dataclass(frozen=True)
 class Remedy:
-    """One thing that could be done."""
+    """One possible change."""
 
     title: str
     how: str
@@ -42,51 +42,48 @@ class Remedy:
     """predicted images per second over those of now"""
     images_per_s: float
     basis: str
-    """measured, or arithmetic: where the changed costs come from"""
+    """of the changed costs: measured, or arithmetic"""
 
 
 @dataclass(frozen=True)
 class Trial:
-    """A change whose costs were measured: stage -> cost over the cost of now."""
+    """A change whose costs were measured: stage -> cost over today's cost."""
 
     title: str
     how: str
     factors: Mapping[str, float]
     core_factors: Mapping[str, float] | None = None
-    """of the cores' time, where it changes otherwise than the clock's"""
+    """of the cores' time, where it differs from the clock's"""
 
 
 def remedies(model: Model, trials: Sequence[Trial], repeats: int) -> list[Remedy]:
-    """All that gains more than 3 %, best first."""
+    """Returns all that gains more than 3 %, best first."""
     now = model.images_per_s()
     cores, workers = max(1, round(model.servers[CORES])), int(model.servers.get(THREADS, 0))
-    changed: list[tuple[str, str, str, Model]] = []
+    found: list[Remedy] = []
+
+    def consider(title: str, how: str, then: Model, basis: str = "arithmetic") -> None:
+        rate = then.images_per_s()
+        # eight threads that gain what four do are not another remedy
+        same = how.startswith("--data.workers") and any(round(each.gain - rate / now, 2) == 0 for each in found)
+        if rate > WORTH * now and not same:
+            found.append(Remedy(title, how, rate / now, rate, basis))
+
     for count in sorted({cores, 2 * workers, 4 * workers}):
         if count > workers > 0:
-            how = f"--data.workers {count}"
-            changed.append((f"{count} reader threads", how, "arithmetic", _servers(model, {THREADS: count})))
+            consider(f"{count} reader threads", f"--data.workers {count}", _servers(model, {THREADS: count}))
     more = {CORES: model.servers[CORES] + cores, THREADS: float(max(2 * cores, workers + cores))}
-    title = f"{cores} more core{'s' if cores > 1 else ''}"
-    changed.append((title, "another machine", "arithmetic", _servers(model, more)))
+    consider(f"{cores} more core{'s' if cores > 1 else ''}", "another machine", _servers(model, more))
     halved = dict.fromkeys(("storage", "checks", "decode"), 0.5)
-    title = f"{2 * repeats} crops of each decoded image"
-    changed.append((title, f"--data.repeats {2 * repeats}", "arithmetic", scaled(model, halved)))
-    changed.append(("reads that never wait", "shards on a local disk", "arithmetic", _no_wait(model)))
+    consider(f"{2 * repeats} crops of each decoded image", f"--data.repeats {2 * repeats}", scaled(model, halved))
+    consider("reads that never wait", "shards on a local disk", _no_wait(model))
     for trial in trials:
-        changed.append((trial.title, trial.how, "measured", scaled(model, trial.factors, trial.core_factors)))
-    found = [
-        Remedy(title, how, then.images_per_s() / now, then.images_per_s(), basis)
-        for title, how, basis, then in changed
-        if then.images_per_s() > WORTH * now
-    ]
-    best: dict[float, Remedy] = {}
-    for remedy in found:  # eight threads that gain what four do are no remedy of their own
-        best.setdefault(round(remedy.gain, 2) if remedy.how.startswith("--data.workers") else id(remedy), remedy)
-    return sorted(best.values(), key=lambda remedy: -remedy.gain)
+        consider(trial.title, trial.how, scaled(model, trial.factors, trial.core_factors), "measured")
+    return sorted(found, key=lambda remedy: -remedy.gain)
 
 
 def scaled(model: Model, factors: Mapping[str, float], core_factors: Mapping[str, float] | None = None) -> Model:
-    """The model with stages that cost `factor` times what they cost; of the cores, `core_factor` times."""
+    """Multiplies the costs of stages; of the cores by `core_factors` where given."""
 
     def change(stage: Stage) -> Stage:
         of_cores = (core_factors or factors).get(stage.name, 1.0)
@@ -100,7 +97,7 @@ def scaled(model: Model, factors: Mapping[str, float], core_factors: Mapping[str
 
 
 def measure_trials(config: PretrainConfig, device: torch.device, seconds: float) -> list[Trial]:
-    """Costs of changed decoding, each against the costs of now, on the same samples in turn; CPU decoder only."""
+    """Measures changed decoding against today's, on the same samples in turn; CPU decoder only."""
     with torch_threads(1), open_loader(config, device) as loader:
         feeder, decoder = loader.maker.feeder, loader.maker.decoder
         if not isinstance(decoder, CpuDecoder) or not isinstance(feeder, Feeder):
@@ -108,14 +105,13 @@ def measure_trials(config: PretrainConfig, device: torch.device, seconds: float)
         side = round(min(decoder.size_hw) * ROOM)
         count = min(SAMPLES, feeder.num_samples)
         ids = np.random.default_rng(0).choice(feeder.num_samples, count, replace=False)
-        samples = [data for data in feeder.store.read(ids) if isinstance(data, bytes)]
-        before = _pile(feeder, samples, ids[: len(samples)], decoder)
-        small = [_smaller(data, side) for data in samples]
-        trials = []
-        if sum(map(len, small)) < 0.9 * sum(map(len, samples)):
-            after = _pile(feeder, small, ids[: len(samples)], decoder)
-            decode, resize = _in_turn(before, after, seconds / 2)
-            size = sum(map(len, small)) / sum(map(len, samples))
+        read = dict(zip(ids.tolist(), feeder.store.read(ids), strict=True))
+        samples = {index: data for index, data in read.items() if isinstance(data, bytes)}
+        small = {index: _smaller(data, side) for index, data in samples.items()}
+        size = sum(map(len, small.values())) / sum(map(len, samples.values()))
+        before, trials = _pile(feeder, samples, decoder), []
+        if size < 0.9:
+            decode, resize = _in_turn(before, _pile(feeder, small, decoder), seconds / 2)
             factors = {"decode": decode, "resize": resize, "storage": size, "checks": size}
             how = f"patchmill shard --resize shorter-side --size {side}"
             trials.append(Trial(f"shards with a shorter side of {side}", how, factors))
@@ -123,7 +119,7 @@ def measure_trials(config: PretrainConfig, device: torch.device, seconds: float)
         with torch_threads(1), open_loader(config, device, interpolation="bilinear") as loader:
             other = loader.maker.decoder
             assert isinstance(other, CpuDecoder)
-            _, resize = _in_turn(before, _pile(feeder, samples, ids[: len(samples)], other), seconds / 2)
+            _, resize = _in_turn(before, _pile(feeder, samples, other), seconds / 2)
             trials.append(Trial("bilinear resize", "--data.interpolation bilinear", {"resize": resize}))
     return trials
 
@@ -131,9 +127,10 @@ def measure_trials(config: PretrainConfig, device: torch.device, seconds: float)
 Costs = tuple[Callable[[], object], Callable[[], object]]
 
 
-def _pile(feeder: Feeder, samples: list[bytes], ids: np.ndarray, decoder: CpuDecoder) -> Costs:
-    """(decode all samples, resize all their windows), as the loader would."""
-    images = [decode_image(data, decoder.shape[3]) for data in samples]
+def _pile(feeder: Feeder, samples: Mapping[int, bytes], decoder: CpuDecoder) -> Costs:
+    """Returns two functions: decode all samples, and resize all their windows, as the loader would."""
+    ids, channels = np.array(list(samples)), decoder.shape[3]
+    images = [decode_image(data, channels) for data in samples.values()]
     heights, widths = (np.array([image.shape[axis] for image in images]) for axis in (0, 1))
     repeats = np.zeros(len(ids), dtype=np.int64)
     windows = feeder.crop.windows(feeder.seed, 0, ids, heights, widths, repeats).tolist()
@@ -141,18 +138,18 @@ def _pile(feeder: Feeder, samples: list[bytes], ids: np.ndarray, decoder: CpuDec
     out = torch.empty(decoder.shape[1:], dtype=torch.uint8)
 
     def decode() -> None:
-        for data in samples:
-            decode_image(data, decoder.shape[3])
+        for data in samples.values():
+            decode_image(data, channels)
 
     def resize() -> None:
         for image, window, flip in zip(images, windows, flips, strict=True):
-            decoder._resize(image, window, flip, out)
+            decoder.cut(image, window, flip, out)
 
     return decode, resize
 
 
 def _in_turn(before: Costs, after: Costs, seconds: float) -> tuple[float, float]:
-    """Costs of decoding and of resizing after the change over those before: medians of the ratios of neighbours."""
+    """Returns what decoding and resizing cost over before: medians of the ratios of neighbouring runs."""
     ratios: tuple[list[float], list[float]] = ([], [])
     end = time.perf_counter() + seconds
     while len(ratios[0]) < 3 or time.perf_counter() < end:
@@ -169,7 +166,7 @@ def _cpu_seconds(work: Callable[[], object]) -> float:
 
 
 def _smaller(data: bytes, side: int) -> bytes:
-    """What packing with a smaller shorter side would store."""
+    """Returns what packing with a smaller shorter side would store."""
     try:
         return normalise(data, Policy(resize="shorter-side", size=side)).data
     except Rejected:
@@ -181,11 +178,12 @@ def _servers(model: Model, servers: Mapping[str, float]) -> Model:
 
 
 def _no_wait(model: Model) -> Model:
-    """Reading takes a thread for no longer than it takes a core."""
+    """Lets reading hold a thread only for as long as a core."""
 
-    def without_wait(stage: Stage) -> Stage:
-        if stage.name != "storage":
-            return stage
-        return dataclasses.replace(stage, holds=dict.fromkeys((THREADS, CORES), stage.holds.get(CORES, 0.0)))
-
-    return Model([without_wait(stage) for stage in model.stages], model.servers)
+    stages = [
+        dataclasses.replace(stage, holds=dict.fromkeys((THREADS, CORES), stage.holds.get(CORES, 0.0)))
+        if stage.name == "storage"
+        else stage
+        for stage in model.stages
+    ]
+    return Model(stages, model.servers)

@@ -1,6 +1,6 @@
-"""measurements -> [profile_report] -> report.json: everything that was measured, concluded and assumed, for tools.
+"""Reads and writes report.json: everything that was measured, concluded and assumed.
 
-The schema is documented in docs/profile.md and numbered: readers refuse a report of another number.
+docs/profile.md documents the schema. It has a number, and reports of another number are refused.
 """
 
 import dataclasses
@@ -26,21 +26,14 @@ FILE = "report.json"
 
 
 def make(
-    mode: str,
-    command: str,
-    config: PretrainConfig,
-    device: torch.device,
-    sections: dict[str, Any],
-    model: Model | None,
-    verdict: Verdict | None,
-    remedies: Sequence[Remedy],
-    noise: str | None,
-) -> dict[str, Any]:
-    """A report as plain values, fit for JSON.
+    mode: str, command: str, config: PretrainConfig, device: torch.device, sections: dict[str, Any],
+    model: Model | None, verdict: Verdict | None, remedies: Sequence[Remedy], noise: str | None,
+) -> dict[str, Any]:  # fmt: skip
+    """Makes a report of plain values, fit for JSON.
 
     Args:
-        sections: what was measured, dataclasses by name: loader, step, train, kernels.
-        model, verdict: what was concluded; None for kernels alone.
+        sections: dataclasses by name: loader, step, train, kernels.
+        model, verdict: the conclusions; None for kernels alone.
         noise: what disturbed the measurements; None on a quiet machine.
     """
     report: dict[str, Any] = {
@@ -52,18 +45,18 @@ def make(
         "noise": noise,
         "device": device.type,
         "flops_per_image": train_flops_per_image(config.model, config.mask),
-        "config": plain(dataclasses.asdict(config)),
+        "config": dataclasses.asdict(config),
     }
-    report |= {name: plain(dataclasses.asdict(section)) for name, section in sections.items()}
+    report |= {name: dataclasses.asdict(section) for name, section in sections.items()}
     if model is not None and verdict is not None:
         report["model"] = {
             "servers": dict(model.servers),
-            "stages": [plain(dataclasses.asdict(stage)) for stage in model.stages],
+            "stages": [dataclasses.asdict(stage) for stage in model.stages],
             "supplies": model.supplies(),
         }
-        report["verdict"] = plain(dataclasses.asdict(verdict))
-        report["remedies"] = [plain(dataclasses.asdict(remedy)) for remedy in remedies]
-    return report
+        report["verdict"] = dataclasses.asdict(verdict)
+        report["remedies"] = [dataclasses.asdict(remedy) for remedy in remedies]
+    return plain(report)
 
 
 def write(report: dict[str, Any], folder: Path) -> Path:
@@ -74,22 +67,22 @@ def write(report: dict[str, Any], folder: Path) -> Path:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """A report from its file or its folder. Raises ValueError for what is none."""
+    """Reads a report from its file or its folder. Raises ValueError for anything else."""
     file = path / FILE if path.is_dir() else path
     try:
         report = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ValueError(f"no report at {path}: `patchmill profile loader --out {path} ...` writes one") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file} is no report ({error})") from None
+        raise ValueError(f"{file} is not a report ({error}); give a folder that `patchmill profile` wrote") from None
     if not isinstance(report, dict) or report.get("schema") != SCHEMA:
         found = report.get("schema") if isinstance(report, dict) else None
-        raise ValueError(f"{file} has schema {found!r} and this program reads {SCHEMA}: profile again")
+        raise ValueError(f"{file} has schema {found!r}, expected {SCHEMA}: profile again")
     return report
 
 
 def plain(value: Any) -> Any:
-    """Only what JSON knows: floats that are finite, lists, strings for keys."""
+    """Converts to JSON's types: lists, string keys, and None for floats that are not finite."""
     if isinstance(value, dict):
         return {str(key): plain(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):

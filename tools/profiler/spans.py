@@ -1,109 +1,109 @@
-"""loader -> [profile_spans] -> wall and CPU seconds of its stages, taken from outside: the loader itself has no clocks.
-
-The objects of one loader are wrapped in place (its feeder, its decoder's two methods, its last stage); other loaders,
-and every training run, stay as they are. A span costs under two microseconds, an image a millisecond and more.
-"""
+"""Adds up the wall and CPU seconds of the stages that a loader or a training loop reports."""
 
 import threading
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import replace
-from typing import Any, NamedTuple
+from collections import defaultdict
+from collections.abc import Mapping
+from typing import Any, NamedTuple, Self
 
 import torch
 
-from patchmill.pipeline.decode.cpu import CpuDecoder
 from patchmill.pipeline.loader import Loader
-from patchmill.pipeline.plan.feed import StepPlan
+from patchmill.pipeline.observe import NOBODY, Observer, Span
 from patchmill.trainer.config.pretrain import PretrainConfig
 from patchmill.trainer.engine.world import World
 from patchmill.trainer.pretrain import open_loader as open_run_loader
+from patchmill.trainer.recipes.pretrain import with_options
 
-PLAN, FETCH, DECODE, RESIZE, TASK, BATCH, COPY = "plan", "fetch", "decode", "resize", "task", "batch", "copy"
+STAGES = ("plan", "storage", "checks", "decode", "resize", "bookkeeping", "masks", "colour", "host copy")
+"""in the order in which an image passes them"""
 
 
-class Total(NamedTuple):
-    """What was spent in a stage, over all threads."""
+class Seconds(NamedTuple):
+    """Time spent: on the clock, and of it on a core."""
 
-    calls: int
-    wall: float
-    cpu: float
+    wall: float = 0.0
+    cpu: float = 0.0
 
-    def minus(self, other: "Total") -> "Total":
-        """What was spent since `other` was taken."""
-        return Total(self.calls - other.calls, self.wall - other.wall, self.cpu - other.cpu)
+    def less(self, *parts: "Seconds") -> "Seconds":
+        """What remains without the parts; never below zero."""
+        wall, cpu = (max(0.0, whole - sum(inner)) for whole, *inner in zip(self, *parts, strict=True))
+        return Seconds(wall, cpu)
+
+    def over(self, images: float) -> "Seconds":
+        """The time of one image."""
+        return Seconds(self.wall / images, self.cpu / images)
+
+
+Seen = Mapping[str, Seconds]
+"""span -> seconds; 0 for spans that were not seen"""
 
 
 class Spans:
-    """Adds up the seconds that threads spend in named stages. Each thread has its own sums, so that none waits."""
+    """An observer that adds up spans over all threads, and keeps the lengths of the queue.
+
+    A span costs under two microseconds. Each thread adds to its own sums, so no thread waits for another.
+    """
 
     def __init__(self) -> None:
+        self.lengths: list[int] = []
         self._sums: dict[tuple[int, str], list[float]] = {}
 
+    def span(self, name: Span, images: int) -> "Stopwatch":
+        """Measures one span."""
+        return Stopwatch(self, name)
+
+    def queue(self, length: int) -> None:
+        """Keeps the number of batches that are ready."""
+        self.lengths.append(length)
+
     def add(self, name: str, wall: float, cpu: float) -> None:
-        """Counts one call of a stage by this thread."""
-        sums = self._sums.setdefault((threading.get_ident(), name), [0, 0.0, 0.0])
-        sums[0] += 1
-        sums[1] += wall
-        sums[2] += cpu
+        """Adds one span of this thread."""
+        sums = self._sums.setdefault((threading.get_ident(), name), [0.0, 0.0])
+        sums[0] += wall
+        sums[1] += cpu
 
-    def total(self, name: str) -> Total:
-        """What all threads have spent in a stage so far."""
-        found = [sums for (_, stage), sums in list(self._sums.items()) if stage == name]
-        return Total(*(sum(column) for column in zip(*found, strict=True))) if found else Total(0, 0.0, 0.0)
-
-    def snapshot(self) -> dict[str, Total]:
-        """What all threads have spent in every stage so far."""
-        return {name: self.total(name) for name in (PLAN, FETCH, DECODE, RESIZE, TASK, BATCH, COPY)}
-
-    def timed(self, name: str, function: Callable) -> Callable:
-        """The function, counted as a stage."""
-
-        def call(*args: Any, **options: Any) -> Any:
-            wall, cpu = time.perf_counter(), time.thread_time()
-            try:
-                return function(*args, **options)
-            finally:
-                self.add(name, time.perf_counter() - wall, time.thread_time() - cpu)
-
-        return call
+    def since(self, before: Seen | None = None) -> Seen:
+        """Returns all that was spent, or all since `before` was taken."""
+        found: dict[str, Seconds] = defaultdict(Seconds)
+        for (_, name), (wall, cpu) in list(self._sums.items()):
+            found[name] = Seconds(found[name].wall + wall, found[name].cpu + cpu)
+        for name, spent in (before or {}).items():
+            found[name] = found[name].less(spent)
+        return found
 
 
-class TimedFeeder:
-    """A feeder whose planning, reading and decoding are counted; all else is the feeder's own."""
+class Stopwatch:
+    """Measures the wall and CPU time of a block on its thread."""
 
-    def __init__(self, feeder: Any, spans: Spans) -> None:
-        self._feeder, self._spans = feeder, spans
-        self.fetch = spans.timed(FETCH, feeder.fetch)
+    def __init__(self, spans: Spans, name: str) -> None:
+        self.spans, self.name = spans, name
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._feeder, name)
+    def __enter__(self) -> Self:
+        self.wall, self.cpu = time.perf_counter(), time.thread_time()
+        return self
 
-    def plans(self, epoch: int, step: int) -> Iterator[StepPlan]:
-        """As the feeder's; planning happens in the iterator's steps."""
-        plans = self._feeder.plans(epoch, step)
-        following = self._spans.timed(PLAN, plans.__next__)
-        while True:
-            yield following()
-
-    def decoded(self, plan: StepPlan, slot: int, data: bytes, decode: Callable) -> Any:
-        """As the feeder's, with the decoder's call counted."""
-        return self._feeder.decoded(plan, slot, data, self._spans.timed(DECODE, decode))
+    def __exit__(self, *exception: object) -> None:
+        self.spans.add(self.name, time.perf_counter() - self.wall, time.thread_time() - self.cpu)
 
 
-def open_loader(config: PretrainConfig, device: torch.device, **data: Any) -> Loader:
-    """The loader of a run on one rank, with options of its data changed."""
-    return open_run_loader(replace(config, data=replace(config.data, **data)), World(0, 1, device))
+def stages(seen: Seen) -> dict[str, Seconds]:
+    """Splits nested spans into the stages of a report; stages that took no time are left out."""
+    inside = seen["read"], seen["decode"], seen["resize"]
+    found = {
+        "plan": seen["plan"],
+        "storage": seen["read"].less(seen["check"]),
+        "checks": seen["check"],
+        "masks": seen["masks"],
+        "colour": seen["colour"],
+        "host copy": seen["copy"],
+    }
+    if "chunk" in seen:
+        found |= {"decode": seen["decode"], "resize": seen["resize"], "bookkeeping": seen["chunk"].less(*inside)}
+    return {name: found[name] for name in STAGES if name in found and found[name].wall > 0}
 
 
-def watch(loader: Loader) -> Spans:
-    """Counts the stages of a loader that has not begun; what it yields stays the same."""
-    spans = Spans()
-    maker, decoder = loader.maker, loader.maker.decoder
-    decoder.feeder = TimedFeeder(decoder.feeder, spans)  # type: ignore[assignment]
-    if isinstance(decoder, CpuDecoder):
-        for name, stage in (("_decode", TASK), ("_resize", RESIZE)):
-            setattr(decoder, name, spans.timed(stage, getattr(decoder, name)))
-    for name, stage in (("_batch", BATCH), ("_to_device", COPY)):
-        setattr(maker, name, spans.timed(stage, getattr(maker, name)))
-    return spans
+def open_loader(config: PretrainConfig, device: torch.device, observer: Observer = NOBODY, **data: Any) -> Loader:
+    """Opens a run's loader on one rank, with some options of its data changed."""
+    changed = with_options(config, **{f"data__{name}": value for name, value in data.items()})
+    return open_run_loader(changed, World(0, 1, device), observer)

@@ -1,12 +1,11 @@
-"""dataset -> [profile_storage] -> how fast its samples are read, from the page cache and from below it.
+"""Measures how fast samples are read, from storage (cold) and from the page cache (warm).
 
-Cold reads come after the kernel was asked to drop the shards' pages (posix_fadvise, which needs no rights). Whether it
-did is asked page by page (preadv with RWF_NOWAIT answers only from the cache), and told in the result: a host
-below a virtual machine may still hold what the guest dropped.
+Before the cold reads the kernel is asked to drop the shards' pages (posix_fadvise needs no rights). preadv with
+RWF_NOWAIT, which answers only from the cache, checks page by page whether it did; the result says so, because the host
+of a virtual machine may still hold what the guest dropped.
 """
 
 import os
-import statistics
 import time
 from dataclasses import dataclass
 from io import FileIO
@@ -17,12 +16,12 @@ from numpy.typing import NDArray
 from patchmill.pipeline.read.manifest import Dataset
 from patchmill.pipeline.read.threads import Pool
 
-AT_ONCE = 8  # samples of one task, as the decoders have it
+AT_ONCE = 8  # samples of one task, as in the decoders
 
 
 @dataclass(frozen=True)
 class Reading:
-    """Reads of whole samples in random order, as many threads as the loader has."""
+    """Reads of whole samples in random order, with as many threads as the loader."""
 
     images_per_s: float
     mb_per_s: float
@@ -31,7 +30,7 @@ class Reading:
     p95_ms: float
     p99_ms: float
     from_cache: float | None
-    """share of the samples whose first page lay in the page cache just before; None where the system does not tell"""
+    """share of the samples whose first page was in the page cache before; None where the system does not say"""
 
 
 def measure_storage(dataset: Dataset, workers: int, seconds: float, seed: int = 0) -> dict[str, Reading]:
@@ -51,7 +50,7 @@ def measure_storage(dataset: Dataset, workers: int, seconds: float, seed: int = 
 
 
 def _read(files: dict[int, FileIO], rows: NDArray, workers: int, seconds: float) -> tuple[Reading, int]:
-    """Reads rows in order until the time is over; the result, and how many were read."""
+    """Reads rows in order until the time is over; returns the result, and how many were read."""
     cached = _cached_share(files, rows[:200])
     latencies: list[float] = []
 
@@ -76,11 +75,9 @@ def _read(files: dict[int, FileIO], rows: NDArray, workers: int, seconds: float)
 
 
 def percentiles(values: list[float]) -> tuple[float, float, float]:
-    """The 50th, 95th and 99th."""
-    if len(values) < 2:
-        return (values[0],) * 3 if values else (0.0,) * 3
-    cuts = statistics.quantiles(values, n=100, method="inclusive")
-    return cuts[49], cuts[94], cuts[98]
+    """Returns the 50th, 95th and 99th percentile; 0 of nothing."""
+    p50, p95, p99 = np.percentile(values or [0.0], (50, 95, 99)).tolist()
+    return p50, p95, p99
 
 
 def _cached_share(files: dict[int, FileIO], rows: NDArray) -> float | None:

@@ -1,177 +1,188 @@
-"""report -> [profile_tables] -> the terminal: the verdict, what it rests on, and what would help."""
+"""Turns a report into tables, for the terminal and the page, and prints them."""
 
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from rich.console import Console, Group
+from rich import table as rich_table
+from rich.console import Console
 from rich.panel import Panel
-from rich.table import Table
 
-from patchmill.tools.profiler.bottleneck import rounded
+from patchmill.tools.profiler.bottleneck import counted, rounded
 
 BAR = 24
+"""characters of the longest bar"""
+
+
+@dataclass(frozen=True)
+class Table:
+    """Text in rows.
+
+    Attributes:
+        columns: their names; those that begin with * hold numbers.
+        bars: shares of the longest, one a row; empty for none. Only the terminal draws them.
+    """
+
+    title: str
+    columns: tuple[str, ...]
+    rows: Sequence[tuple[str, ...]]
+    bars: Sequence[float] = ()
+
+
+def tables(report: dict[str, Any]) -> Iterator[Table]:
+    """Yields what a report has, the conclusions last."""
+    for name, make in (("kernels", _kernels), ("step", _step), ("train", _train), ("loader", _loader), ("plan", _plan)):
+        if name in report:
+            yield from make(report[name])
+    if "model" in report:
+        yield _supplies(report["model"])
+    if report.get("remedies"):
+        rows = [(r["title"], f"x{r['gain']:.2f}", rounded(r["images_per_s"]), r["how"], r["basis"])
+                for r in report["remedies"]]  # fmt: skip
+        yield Table("what would help (predicted)", ("remedy", "*gain", "*images/s", "how", "its costs are"), rows)
 
 
 def show(report: dict[str, Any], console: Console) -> None:
-    """Prints a report."""
-    for name, draw in (("kernels", _kernels), ("step", _step), ("train", _train), ("loader", _loader), ("plan", _plan)):
-        if name in report:
-            console.print(draw(report[name]), "")
-    if "model" in report:
-        console.print(_supplies(report), "")
-    if report.get("remedies"):
-        console.print(_remedies(report["remedies"]), "")
+    """Prints a report, and its verdict last."""
+    for table in tables(report):
+        console.print(draw(table), "")
     if "verdict" in report:
-        certain = report["verdict"]["certain"]
-        console.print(Panel(f"[bold]{report['verdict']['sentence']}", border_style="green" if certain else "yellow"))
+        style = "green" if report["verdict"]["certain"] else "yellow"
+        console.print(Panel(f"[bold]{report['verdict']['sentence']}", border_style=style))
 
 
-def _loader(loader: dict[str, Any]) -> Group:
+def draw(table: Table) -> rich_table.Table:
+    """Draws a table for the terminal."""
+    drawn = rich_table.Table(
+        title=table.title or None, title_justify="left", title_style="bold", box=None, pad_edge=False
+    )
+    drawn.show_header = any(table.columns)
+    for number, column in enumerate(table.columns):
+        drawn.add_column(column.lstrip("*"), justify="right" if "*" in column else "left", no_wrap=number == 0)
+        if number == 0 and table.bars:
+            drawn.add_column()
+    for number, (first, *others) in enumerate(table.rows):
+        bar = ["█" * max(1, round(BAR * min(table.bars[number], 1.0)))] if table.bars else []
+        drawn.add_row(first, *bar, *others)
+    return drawn
+
+
+def _loader(loader: dict[str, Any]) -> Iterator[Table]:
     title = f"loader: decoder {loader['decoder']}, {loader['workers']} workers, batch {loader['batch']}"
-    table = _table(title, "stage", "", "µs an image", "spread", "CPU µs", "in the loader")
-    longest = max(stage["wall"]["median"] for stage in loader["stages"])
-    for stage in loader["stages"]:
-        wall = stage["wall"]
-        together = "" if stage["together"] is None else f"{stage['together'] * 1e6:,.0f}"
-        table.add_row(
+    rows = [
+        (
             stage["name"],
-            bar(wall["median"] / longest),
-            f"{wall['median'] * 1e6:,.1f}",
-            _spread(wall),
-            f"{stage['cpu']['median'] * 1e6:,.1f}",
-            together,
+            _micro(stage["wall"]["median"]),
+            f"{_micro(stage['wall']['low'])} to {_micro(stage['wall']['high'])}",
+            _micro(stage["cpu"]["median"]),
+            "" if stage["together"] is None else _micro(stage["together"]),
         )
+        for stage in loader["stages"]
+    ]
+    columns = ("stage", "*µs an image", "*quartiles", "*on a core", "*in the running loader")
+    yield Table(title, columns, rows, _shares([stage["wall"]["median"] for stage in loader["stages"]]))
     together = loader["together"]
-    facts = _facts()
     rate = together["images_per_s"]
-    facts.add_row("together", f"{rate['median']:,.0f} images/s (quartiles {rate['low']:,.0f} to {rate['high']:,.0f})")
-    facts.add_row(
-        "", f"{together['images_per_cpu_s']:,.0f} images per CPU-second, {together['mb_per_s']:,.0f} MB/s of files"
-    )
-    facts.add_row(
-        "between batches",
-        f"{together['interval_p50_ms']:.1f} ms; p95 {together['interval_p95_ms']:.1f}, "
-        f"p99 {together['interval_p99_ms']:.1f}; {together['queue_mean']:.1f} of {together['queue_size']} lay ready",
-    )
+    facts = [
+        ("together", f"{rate['median']:,.0f} images/s (quartiles {rate['low']:,.0f} to {rate['high']:,.0f})"),
+        ("", f"{together['images_per_cpu_s']:,.0f} images per CPU-second, {together['mb_per_s']:,.0f} MB/s of files"),
+        (
+            "between batches",
+            f"{together['interval_p50_ms']:.1f} ms; p95 {together['interval_p95_ms']:.1f}, "
+            f"p99 {together['interval_p99_ms']:.1f}; {together['queue_mean']:.1f} of {together['queue_size']} ready",
+        ),
+    ]
     for name, reading in loader["storage"].items():
-        facts.add_row(f"storage, {name}", _reading(reading))
+        cached = "" if reading["from_cache"] is None else f" ({reading['from_cache']:.0%} from the page cache)"
+        rates = f"{reading['mb_per_s']:,.0f} MB/s = {reading['images_per_s']:,.0f} images/s; a read "
+        facts.append((f"storage, {name}", f"{rates}{reading['p50_ms']:.2f} ms, p99 {reading['p99_ms']:.2f}{cached}"))
     if loader["explained"] is not None:
-        facts.add_row("explained", f"{loader['explained']:.1%} of the wall time of the stages' inline pass")
+        facts.append(("explained", f"{loader['explained']:.1%} of the wall time of the stages alone"))
     for name in dict.fromkeys(setting["name"] for setting in loader["sweep"]):
         points = [setting for setting in loader["sweep"] if setting["name"] == name]
         rates = ", ".join(f"{point['value']:g}: {point['images_per_s']['median']:,.0f}" for point in points)
-        facts.add_row(f"sweep of {name}", f"{rates} images/s")
-    return Group(table, facts)
+        facts.append((f"sweep of {name}", f"{rates} images/s"))
+    yield Table("the whole loader", ("", ""), facts)
 
 
-def _reading(reading: dict[str, Any]) -> str:
-    text = f"{reading['mb_per_s']:,.0f} MB/s = {reading['images_per_s']:,.0f} images/s; a read "
-    text += f"{reading['p50_ms']:.2f} ms, p99 {reading['p99_ms']:.2f}"
-    cached = reading["from_cache"]
-    return text + ("" if cached is None else f" ({cached:.0%} from the page cache)")
-
-
-def _step(step: dict[str, Any]) -> Group:
-    seconds = step["seconds"]
-    facts = _facts()
+def _step(step: dict[str, Any]) -> Iterator[Table]:
+    seconds, parts = step["seconds"], step["parts"]
     rate = step["batch"] / seconds["median"]
-    facts.add_row("step", f"{seconds['median'] * 1e3:,.1f} ms, batch {step['batch']}: {rate:,.1f} images/s")
-    facts.add_row("spread", _spread(seconds))
-    facts.add_row("MFU", f"{step['mfu']:.1%} of {step['ceiling_flops'] / 1e12:.2f} TFLOP/s ({step['ceiling']})")
-    facts.add_row("memory", f"{step['memory_gb']:.2f} GiB at most")
-    table = _table("parts of the step", "part", "", "forward", "backward", "of the step")
-    parts = sorted(step["parts"], key=lambda part: -(part["forward"] + part["backward"]))
-    longest = parts[0]["forward"] + parts[0]["backward"] if parts else 1.0
-    for part in parts:
-        both = part["forward"] + part["backward"]
-        table.add_row(
-            part["name"],
-            bar(both / longest),
-            f"{part['forward'] * 1e3:,.2f} ms",
-            f"{part['backward'] * 1e3:,.2f} ms" if part["backward"] else "",
-            f"{both / step['profiled_seconds']:.1%}",
-        )
-    facts.add_row("explained", f"{step['explained']:.1%} of the profiled step lies in these parts")
-    return Group(table, facts)
+    both = [part["forward"] + part["backward"] for part in parts]
+    rows = [
+        (part["name"], _milli(part["forward"]), _milli(part["backward"]) if part["backward"] else "",
+         f"{total / step['profiled_seconds']:.1%}")
+        for part, total in zip(parts, both, strict=True)
+    ]  # fmt: skip
+    yield Table("parts of the step", ("part", "*forward", "*backward", "*of the step"), rows, _shares(both))
+    facts = [
+        ("time", f"{_milli(seconds['median'])}{_spread(seconds)}, batch {step['batch']}: {rate:,.1f} images/s"),
+        ("MFU", f"{step['mfu']:.1%} of {step['ceiling_flops'] / 1e12:.2f} TFLOP/s ({step['ceiling']})"),
+        ("memory", f"{step['memory_gb']:.2f} GiB at most"),
+        ("explained", f"{step['explained']:.1%} of the profiled step is in these parts"),
+    ]
+    yield Table("the step", ("", ""), facts)
 
 
-def _train(train: dict[str, Any]) -> Group:
-    facts = _facts()
+def _train(train: dict[str, Any]) -> Iterator[Table]:
     seconds = train["step_seconds"]
-    facts.add_row("training", f"{train['images_per_s']:,.1f} images/s over {train['steps']} steps of {train['batch']}")
-    facts.add_row("a step", f"{seconds['median'] * 1e3:,.1f} ms ({_spread(seconds)}), p99 {train['p99_ms']:,.1f}")
-    facts.add_row(
-        "data wait", f"{train['data_wait']:.1%} of the time; {train['overlap']:.1%} of the loader's is hidden"
-    )
-    facts.add_row("update", f"{train['update_share']:.1%}; metrics {train['meters_share']:.2%}")
-    facts.add_row("slow steps", train["slow_steps"] or "none")
+    facts = [
+        ("rate", f"{train['images_per_s']:,.1f} images/s over {train['steps']} steps of {train['batch']}"),
+        ("a step", f"{_milli(seconds['median'])}{_spread(seconds)}, p99 {train['p99_ms']:,.1f} ms"),
+        ("data wait", f"{train['data_wait']:.1%} of the time; {train['overlap']:.1%} of the loader's work is hidden"),
+        ("update", f"{train['update_share']:.1%}; metrics {train['meters_share']:.2%}"),
+        ("slow steps", train["slow_steps"] or "none"),
+        ("explained", f"{train['explained']:.1%} of the wall time of the loop"),
+    ]
     if len(train["ranks"]) > 1:
-        own = ", ".join(f"{1e3 * rank['own_seconds']:,.1f}" for rank in train["ranks"])
-        facts.add_row("ranks", f"their own ms a step before they meet: {own}")
-    facts.add_row("explained", f"{train['explained']:.1%} of the wall time of the loop")
-    return Group("[bold]the training loop", facts)
+        own = ", ".join(_milli(rank["own_seconds"]) for rank in train["ranks"])
+        facts.append(("ranks", f"time a step before they meet: {own}"))
+    yield Table("the training loop", ("", ""), facts)
 
 
-def _kernels(kernels: dict[str, Any]) -> Table:
+def _kernels(kernels: dict[str, Any]) -> Iterator[Table]:
     title = f"operators ({kernels['backend']}, batch {kernels['batch']}) against a copy of "
-    table = _table(title + f"{kernels['copy_gb_per_s']:,.1f} GB/s", "operator", "", "µs", "MB moved", "of the copy")
-    for row in kernels["operators"]:
-        share = row["of_copy"]
-        table.add_row(
-            row["name"], bar(share), f"{row['seconds']['median'] * 1e6:,.0f}", f"{row['mb']:,.1f}", f"{share:.0%}"
-        )
-    return table
+    rows = [(row["name"], _micro(row["seconds"]["median"]), f"{row['mb']:,.1f}", f"{row['of_copy']:.0%}")
+            for row in kernels["operators"]]  # fmt: skip
+    columns = ("operator", "*µs", "*MB moved", "*of the copy")
+    yield Table(
+        f"{title}{kernels['copy_gb_per_s']:,.1f} GB/s", columns, rows, [row["of_copy"] for row in kernels["operators"]]
+    )
 
 
-def _plan(plan: dict[str, Any]) -> Group:
-    table = _table("what if", "", "", "")
-    table.show_header = False
-    for line in plan["lines"]:
-        table.add_row(line["what"], line["value"], f"[dim]{line['basis']}")
-    return Group(table)
+def _plan(plan: dict[str, Any]) -> Iterator[Table]:
+    rows = [(line["what"], line["value"], line["basis"]) for line in plan["lines"]]
+    yield Table("what if", ("", "", "measured or assumed"), rows)
 
 
-def _supplies(report: dict[str, Any]) -> Table:
-    table = _table("what each resource could serve", "resource", "", "images/s", "most of it")
-    model = report["model"]
-    most = max(model["supplies"].values())
+def _supplies(model: dict[str, Any]) -> Table:
+    """The resource that binds first."""
+    rows = []
     for resource, rate in model["supplies"].items():
         held = {stage["name"]: stage["holds"].get(resource, 0.0) for stage in model["stages"]}
         name = max(held, key=lambda stage: held[stage])
-        style = "bold" if resource == report["verdict"]["resource"] else ""
-        share = held[name] / sum(held.values())
-        servers = model["servers"][resource]
-        count = f"{round(servers, 1):g} {resource}" if servers != 1 else resource
-        table.add_row(count, bar(rate / most), rounded(rate), f"{name} ({share:.0%})", style=style)
-    return table
+        most = f"{name} ({held[name] / sum(held.values()):.0%})"
+        rows.append((counted(resource, model["servers"][resource]), rounded(rate), most))
+    columns = ("resource", "*images/s", "most of it")
+    return Table("what each resource could serve", columns, rows, _shares(list(model["supplies"].values())))
 
 
-def _remedies(remedies: list[dict[str, Any]]) -> Table:
-    table = _table("what would help (predicted gain)", "remedy", "gain", "how")
-    for remedy in remedies:
-        table.add_row(remedy["title"], f"x{remedy['gain']:.2f}", remedy["how"])
-    return table
+def _shares(values: list[float]) -> list[float]:
+    return [value / max(values) for value in values]
 
 
-def _table(title: str, *columns: str) -> Table:
-    table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
-    for number, column in enumerate(columns):
-        words = number == 0 or column in ("", "how", "most of it")
-        table.add_column(column, justify="left" if words else "right", no_wrap=number == 0)
-    return table
+def _micro(seconds: float) -> str:
+    return f"{1e6 * seconds:,.1f}"
 
 
-def _facts() -> Table:
-    table = Table(show_header=False, box=None, pad_edge=False)
-    table.add_column(style="bold")
-    table.add_column(overflow="fold")
-    return table
+def _milli(seconds: float) -> str:
+    return f"{1e3 * seconds:,.2f} ms"
 
 
-def _spread(measured: dict[str, Any]) -> str:
-    half = (measured["high"] - measured["low"]) / 2
-    return f"±{half / measured['median']:.0%}" if measured["median"] else ""
+def _spread(measured: dict[str, float]) -> str:
+    return f" (±{spread(measured):.0%})" if measured["median"] else ""
 
 
-def bar(share: float) -> str:
-    """A bar of up to 24 characters, one at least."""
-    return "█" * max(1, round(BAR * min(share, 1.0)))
+def spread(measured: dict[str, float]) -> float:
+    """Returns half of the interquartile range over the median."""
+    return (measured["high"] - measured["low"]) / 2 / measured["median"] if measured["median"] else 0.0

@@ -1,10 +1,10 @@
-"""candidates -> [timing] -> medians and spreads of alternated repeats, measured ceilings, and what else was running.
+"""Times candidates in turns: medians and spreads, measured ceilings, and what other programs took meanwhile.
 
-Candidates take turns, so that whatever else the machine does falls on all of them, and the median of each is kept. On a
-CUDA device a candidate is captured in a graph, the L2 cache is flushed, and one replay is timed with events: the flush
-runs while the host launches the replay, and the candidate finds its inputs in memory. The time includes one launch of a
-graph, about 2 microseconds. On a CPU the clock is perf_counter, or, where the machine is shared, the
-CPU time of this process: with one thread that is what the wall clock would show on a quiet machine.
+Candidates take turns, which spreads whatever else the machine does over all of them, and the median of each counts. On
+a CUDA device a candidate is captured in a graph, the L2 cache is flushed, and one replay is timed with events: the
+flush runs while the host launches the replay, and the candidate finds its inputs in memory. The time includes one
+launch of a graph, about 2 microseconds. On a CPU the clock is perf_counter, or, on a shared machine, the CPU time of
+this process: with one thread that is what the wall clock would show on a quiet machine.
 """
 
 import os
@@ -28,7 +28,7 @@ HOLD_SECONDS = 3.0
 """of large products before timing, until clocks and power have settled"""
 PRODUCT_SIDE = 8192
 BUSY = 0.1
-"""of the cores, taken by other programs: from here on the machine is called noisy"""
+"""share of the cores: if other programs take more, the machine is noisy"""
 
 
 @dataclass(frozen=True)
@@ -51,19 +51,11 @@ class Measured:
         """Half of the interquartile range over the median."""
         return (self.high - self.low) / 2 / self.median if self.median else 0.0
 
-    def times(self, factor: float) -> "Measured":
-        """The same in another unit."""
-        return Measured(self.median * factor, self.low * factor, self.high * factor, self.repeats)
-
-    def inverse(self, factor: float = 1.0) -> "Measured":
-        """`factor` over it: seconds to rates."""
-        return Measured(factor / self.median, factor / self.high, factor / self.low, self.repeats)
-
 
 def timed_in_turns(
     candidates: dict[str, Candidate], device: str, repeats: int = 21, clock: Clock = time.perf_counter
 ) -> dict[str, list[float]]:
-    """Seconds of one call of each candidate, `repeats` times in turn."""
+    """Returns the seconds of one call of each candidate, `repeats` times in turn."""
     if device.startswith("cuda"):
         flush = _l2_flush(device)
         timers = {name: _graph_timer(candidate, flush) for name, candidate in candidates.items()}
@@ -79,20 +71,20 @@ def timed_in_turns(
 def median_seconds(
     candidates: dict[str, Candidate], device: str, repeats: int = 21, clock: Clock = time.perf_counter
 ) -> dict[str, float]:
-    """Time one call of each candidate: the median over alternated repeats, in seconds."""
+    """Returns the median seconds of one call of each candidate, taking turns."""
     taken = timed_in_turns(candidates, device, repeats, clock)
     return {name: statistics.median(seconds) for name, seconds in taken.items()}
 
 
 def wait_for(device: torch.device) -> None:
-    """Lets the host wait until the device has done all that it was given."""
+    """Waits until the device has finished its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 @contextmanager
 def torch_threads(count: int) -> Iterator[None]:
-    """Lets torch's operators use so many threads for a while."""
+    """Sets the number of threads of torch's operators for a while."""
     usual = torch.get_num_threads()
     torch.set_num_threads(count)
     try:
@@ -120,7 +112,7 @@ def _l2_flush(device: str) -> Candidate:
 
 
 def _graph_timer(candidate: Candidate, flush: Candidate) -> Callable[[], float]:
-    # Warm-up on a side stream, as CUDA graphs ask: it compiles kernels, makes handles and fills caches.
+    # CUDA graphs require a warm-up on a side stream: it compiles kernels, makes handles and fills caches.
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -146,7 +138,7 @@ def _graph_timer(candidate: Candidate, flush: Candidate) -> Callable[[], float]:
 
 
 def copy_bytes_per_second(device: str, clock: Clock = time.perf_counter, repeats: int = 21) -> float:
-    """Measure a large copy within the device's memory, counting bytes read and bytes written."""
+    """Measures a large copy within the device's memory, counting bytes read and bytes written."""
     size = 2**30 if device.startswith("cuda") else 2**28
     source = torch.randint(0, 256, (size,), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
@@ -154,7 +146,7 @@ def copy_bytes_per_second(device: str, clock: Clock = time.perf_counter, repeats
 
 
 def matmul_flops_per_second(device: str, dtype: torch.dtype, repeats: int = 5) -> float:
-    """Measure a large matrix product: the ceiling of arithmetic where no data sheet gives one (a CPU)."""
+    """Measures a large matrix product: the ceiling of arithmetic where no data sheet gives one (a CPU)."""
     side = PRODUCT_SIDE if device.startswith("cuda") else 2048
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     out = torch.empty_like(a)
@@ -181,10 +173,10 @@ def hold_product(device: torch.device, seconds: float = HOLD_SECONDS) -> float |
 
 
 class Neighbours:
-    """Cores that other programs took while it was entered, from /proc/stat; what makes a measurement doubtful.
+    """Measures the cores that other programs take meanwhile, from /proc/stat.
 
     Attributes:
-        others: cores that other programs took on average; 0 where the system does not tell.
+        others: cores that other programs took on average; 0 where the system does not say.
         wall, own: seconds that passed, and CPU seconds of this process.
     """
 
@@ -198,13 +190,13 @@ class Neighbours:
 
     @property
     def noise(self) -> str | None:
-        """What was wrong with the surroundings; None on a quiet machine."""
+        """Says what disturbed the measurement; None on a quiet machine."""
         cores = os.cpu_count() or 1
         return f"other programs took {self.others:.1f} of {cores} cores" if self.others > BUSY * cores else None
 
 
 def _busy_seconds() -> float:
-    """CPU seconds of all programs of this machine since it started, and of its neighbours on the same host."""
+    """Returns the CPU seconds of all programs since the machine started, and of its neighbours on the same host."""
     stat = Path("/proc/stat")
     if not stat.exists():
         return 0.0
@@ -213,7 +205,7 @@ def _busy_seconds() -> float:
 
 
 def environment(device: str) -> dict[str, str]:
-    """Say where numbers were taken: hardware, versions, commit and date (UTC)."""
+    """Says where numbers were taken: hardware, versions, commit and date (UTC)."""
     cores = f"{torch.get_num_threads()} of {os.cpu_count()} cores of {machine.processor()}"
     return {
         "hardware": torch.cuda.get_device_name(device) if device.startswith("cuda") else cores,

@@ -1,44 +1,48 @@
-"""the real loop -> [patchmill profile train] -> where its time goes: data wait, update, the rest; slow steps and ranks.
+"""Runs the real training loop for a while and tells where its time goes: data wait, update, metrics; slow steps, ranks.
 
-The loop of `patchmill pretrain` runs in a folder that is thrown away; profile_watch.py stands around it with a watch.
+`pretrain` itself runs in a folder that is thrown away; an observer times it. It ends after the same step on all ranks,
+from within its progress call. On a GPU the host runs ahead, so CUDA events time the updates.
 """
 
 import os
+import statistics
+import time
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
 
-from patchmill.pipeline.decode.cpu import CpuDecoder
-from patchmill.tools.profiler.bottleneck import (
-    CORES,
-    DEVICE,
-    FRONT,
-    STEP,
-    THREADS,
-    Model,
-    Stage,
-    Verdict,
-    judge,
-    straggler,
-)
-from patchmill.tools.profiler.spans import BATCH, COPY, DECODE, FETCH, PLAN, RESIZE, TASK, Total
+from patchmill.pipeline.observe import Span
+from patchmill.tools.profiler import bottleneck
+from patchmill.tools.profiler.bottleneck import CORES, DEVICE, FRONT, STEP, THREADS, Model, Stage, Verdict, straggler
+from patchmill.tools.profiler.loader_bound import HOLDERS
+from patchmill.tools.profiler.spans import Spans, Stopwatch, stages
 from patchmill.tools.profiler.storage import percentiles
-from patchmill.tools.profiler.timing import Measured
-from patchmill.tools.profiler.watch import Enough, RankTime, TimedMetrics, Watcher
+from patchmill.tools.profiler.timing import Measured, Neighbours, wait_for
 from patchmill.trainer.config.pretrain import PretrainConfig
-from patchmill.trainer.engine.world import joined_world
-from patchmill.trainer.flops import train_flops_per_image
-from patchmill.trainer.loop import Loop
-from patchmill.trainer.pretrain import build_trainee, open_loader
+from patchmill.trainer.engine.world import World
+from patchmill.trainer.loop import Progress
+from patchmill.trainer.pretrain import pretrain
 from patchmill.trainer.recipes.pretrain import with_options
 
 STEPS = 10**9
-"""of the run whose beginning is watched: it never comes to its end"""
+"""of the run, which never comes to its end"""
+WARM_UP_STEPS, LEAST_STEPS = 3, 8
 SLOW = 2.0
 """times the median step: a step that counts as slow"""
+
+
+@dataclass(frozen=True)
+class RankTime:
+    """One rank's seconds a step before it meets the others (medians)."""
+
+    rank: int
+    wait: float
+    """for data"""
+    forward: float
+    own_seconds: float
+    """both: what the other ranks would wait for"""
 
 
 @dataclass(frozen=True)
@@ -63,11 +67,11 @@ class TrainProfile:
     """share of the loader's work that was done while the device worked"""
     update_share: float
     meters_share: float
-    """metrics: keeping, bringing over and writing them"""
+    """metrics: fetching and writing them"""
     explained: float
     """share of the wall time that is data wait, update or metrics"""
     queue_mean: float
-    """batches that lay ready when the next was asked for"""
+    """batches that were ready when the next was asked for"""
     queue_size: int
     slow_steps: str
     """how many, the worst and why; empty for none"""
@@ -78,24 +82,24 @@ class TrainProfile:
     """stage -> resource -> seconds an image, in the running loop"""
     servers: dict[str, float]
 
+    def model(self) -> Model:
+        """Models the loop: the resource that was busiest binds (utilisation law: busy share = rate x seconds held)."""
+        return Model([Stage(name, holds) for name, holds in self.holds.items()], self.servers)
+
     def judge(self, noise: str | None) -> Verdict:
-        """What binds the loop: a rank that the others wait for, else the resource that was busiest."""
-        verdict = judge(self.model(), noise, self.images_per_s / self.world_size)
+        """Names what binds the loop: a rank that the others wait for, else the resource that was busiest."""
+        verdict = bottleneck.judge(self.model(), noise, self.images_per_s / self.world_size)
         rank = straggler([each.own_seconds for each in self.ranks], noise)
         if rank is None:
             return verdict
         slow = self.ranks[rank]
-        others = [each.own_seconds for each in self.ranks if each.rank != rank]
+        others = statistics.mean(each.own_seconds for each in self.ranks if each.rank != rank)
         why = "waiting for its data" if slow.wait > slow.forward else "in its forward pass"
         sentence = (
-            f"rank {rank} straggles: {1e3 * slow.own_seconds:,.1f} ms of its own a step, most of it {why}, where the "
-            f"others take {1e3 * sum(others) / len(others):,.1f} ms and wait for it. On that rank: {verdict.sentence}"
+            f"rank {rank} straggles: it takes {1e3 * slow.own_seconds:,.1f} ms a step before it meets the others, most "
+            f"of it {why}; they take {1e3 * others:,.1f} ms and wait for it. On that rank: {verdict.sentence}"
         )
         return replace(verdict, stage=f"rank {rank}", sentence=sentence)
-
-    def model(self) -> Model:
-        """For the verdict: the resource that was busiest binds (utilisation law: busy share = rate x seconds held)."""
-        return Model([Stage(name, holds) for name, holds in self.holds.items()], self.servers)
 
 
 def measure_train(config: PretrainConfig, device: torch.device, seconds: float) -> TrainProfile:
@@ -104,98 +108,135 @@ def measure_train(config: PretrainConfig, device: torch.device, seconds: float) 
     Args:
         config: its train.global_batch is that of all ranks together.
     """
-    config = with_options(
-        config, train__total_steps=STEPS, train__total_images=None, train__save_every_steps=STEPS,
-        train__picture_every_epochs=None, train__spectrum_every_epochs=None, eval__every_epochs=None,
-        device=device.type,
-    )  # fmt: skip
-    with (
-        TemporaryDirectory(prefix="patchmill-profile-") as folder,
-        joined_world(config.device, config.train.rank_timeout_seconds) as world,
-        open_loader(config, world) as loader,
-    ):
-        config = replace(config, out=folder)
-        watcher = Watcher(loader, world, seconds)
-        eager = not (config.train.compile or config.train.cuda_graph)
-        loop = Loop(config, world, watcher.wrap(build_trainee(config, world), eager=eager), loader, STEPS)
-        metrics = TimedMetrics(
-            Path(folder), world, global_batch=config.train.global_batch, tensorboard=config.train.tensorboard,
-            flops_per_image=train_flops_per_image(config.model, config.mask), wandb=None,
+    world = World(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")), device)
+    watcher = Watcher(world, seconds)
+    with TemporaryDirectory(prefix="patchmill-profile-") as folder, suppress(Enough):
+        config = with_options(
+            config, train__total_steps=STEPS, train__total_images=None, train__save_every_steps=STEPS,
+            train__picture_every_epochs=None, train__spectrum_every_epochs=None, train__wandb=None,
+            eval__every_epochs=None, device=device.type, out=folder, resume="never",
         )  # fmt: skip
-        metrics.watcher = watcher
-        try:
-            with suppress(Enough):
-                loop.run(0, metrics, [], watcher.progress)
-        finally:
-            metrics.close()
-        return _profile(watcher, config)
+        pretrain(config, watcher.progress, watcher)
+        raise KeyboardInterrupt  # a signal ended the run early
+    return _profile(watcher, config)
+
+
+class Enough(Exception):
+    """Ends the loop from within its progress call."""
+
+
+class Watcher(Spans):
+    """Observes a training loop.
+
+    Attributes:
+        steps: seconds of each measured step.
+        taken: seconds of each span of the loop's thread, by name.
+        ranks, seen, around: at the end: the ranks' own times, all spans, and what else was running.
+    """
+
+    def __init__(self, world: World, seconds: float) -> None:
+        super().__init__()
+        self.world, self.seconds = world, seconds
+        self.steps: list[float] = []
+        self.taken: dict[str, list[float]] = {name: [] for name in ("wait", "update", "forward", "metrics")}
+        self.events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        self.done, self.target, self.last = 0, 0, 0.0
+
+    def span(self, name: Span, images: int) -> Stopwatch:
+        """Measures one span: updates with the device's clock, and metrics without the updates they wait for."""
+        if name == "update" and self.world.device.type == "cuda":
+            return Events(self, name)
+        if name == "metrics":
+            wait_for(self.world.device)
+        return super().span(name, images)
+
+    def add(self, name: str, wall: float, cpu: float) -> None:
+        """Keeps the loop's spans one by one."""
+        super().add(name, wall, cpu)
+        if name in self.taken:
+            self.taken[name].append(wall)
+
+    def progress(self, _: Progress) -> None:
+        """Counts a step; the first ones are the warm-up."""
+        now = time.perf_counter()
+        self.done += 1
+        if self.done > WARM_UP_STEPS:
+            self.steps.append(now - self.last)
+        elif self.done == WARM_UP_STEPS:
+            # the first rank decides, so that all ranks end after the same step
+            self.target = self.world.agree(max(LEAST_STEPS, int(self.seconds / max(now - self.last, 1e-6))))
+            wait_for(self.world.device)
+            for each in self.taken.values():
+                each.clear()
+            self.lengths.clear()
+            self.events.clear()
+            self.before, self.around = self.since(), Neighbours().__enter__()
+        if self.target and len(self.steps) >= self.target:
+            self._finish()
+            raise Enough
+        self.last = time.perf_counter()
+
+    def _finish(self) -> None:
+        wait_for(self.world.device)
+        self.around.__exit__()
+        self.seen = self.since(self.before)
+        if self.events:
+            self.taken["update"] = [first.elapsed_time(last) / 1e3 for first, last in self.events]
+        medians = [statistics.median(self.taken[name] or [0.0]) for name in ("wait", "forward")]
+        gathered = [row.tolist() for row in self.world.gather(torch.tensor(medians))]
+        self.ranks = [RankTime(rank, wait, forward, wait + forward) for rank, (wait, forward) in enumerate(gathered)]
+
+
+class Events(Stopwatch):
+    """Measures an update between two events of the device."""
+
+    spans: Watcher
+
+    def __enter__(self) -> "Events":
+        self.first, self.second = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        self.first.record()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.second.record()
+        self.spans.events.append((self.first, self.second))
 
 
 def _profile(watcher: Watcher, config: PretrainConfig) -> TrainProfile:
-    wall, steps = sum(watcher.steps), len(watcher.steps)
-    rows, size = watcher.loader.maker.feeder.local_batch, watcher.world.size
-    wait, updating = sum(watcher.waits), sum(watcher.updates)
-    decoder = watcher.loader.maker.decoder
-    workers = float(decoder.workers)
-    busy = watcher.spent[TASK].wall / workers if isinstance(decoder, CpuDecoder) else wait
-    busy = max(busy, watcher.spent[PLAN].wall + watcher.spent[BATCH].wall)
-    parts = wait + updating + watcher.meters
+    steps, waits, seen = watcher.steps, watcher.taken["wait"], watcher.seen
+    size = watcher.world.size
+    rows = config.train.global_batch // size
+    wall, wait = sum(steps), sum(waits)
+    updating, meters = sum(watcher.taken["update"]), sum(watcher.taken["metrics"])
+    cores = len(os.sched_getaffinity(0))
+    workers = float(config.data.workers or cores)
+    busy = seen["chunk"].wall / workers if "chunk" in seen else wait
+    busy = max(busy, sum(seen[name].wall for name in ("plan", "masks", "colour", "copy")))
     return TrainProfile(
-        batch=rows,
-        world_size=size,
-        steps=steps,
-        images_per_s=steps * rows * size / wall,
-        step_seconds=Measured.of(watcher.steps),
-        p99_ms=1e3 * percentiles(watcher.steps)[2],
-        every_step=watcher.steps,
-        every_wait=watcher.waits,
-        data_wait=wait / wall,
-        overlap=max(0.0, 1 - wait / busy) if busy else 1.0,
-        update_share=updating / wall,
-        meters_share=watcher.meters / wall,
-        explained=min(1.0, parts / wall),
-        queue_mean=sum(watcher.queue) / len(watcher.queue),
-        queue_size=config.data.prefetch_batches,
-        slow_steps=_slow_steps(watcher.steps, watcher.waits),
-        others=watcher.around.others,
-        ranks=watcher.ranks,
-        holds=_holds(watcher.spent, updating, watcher.around.own, steps * rows, isinstance(decoder, CpuDecoder), wall),
-        servers={THREADS: workers, CORES: float(len(os.sched_getaffinity(0))), FRONT: 1.0, DEVICE: 1.0},
-    )
+        batch=rows, world_size=size, steps=len(steps), images_per_s=len(steps) * rows * size / wall,
+        step_seconds=Measured.of(steps), p99_ms=1e3 * percentiles(steps)[2], every_step=steps, every_wait=waits,
+        data_wait=wait / wall, overlap=max(0.0, 1 - wait / busy) if busy else 1.0,
+        update_share=updating / wall, meters_share=meters / wall, explained=min(1.0, (wait + updating + meters) / wall),
+        queue_mean=statistics.mean(watcher.lengths), queue_size=config.data.prefetch_batches,
+        slow_steps=_slow_steps(steps, waits), others=watcher.around.others, ranks=watcher.ranks,
+        holds=_holds(watcher, updating, wall, len(steps) * rows),
+        servers={THREADS: workers, CORES: float(cores), FRONT: 1.0, DEVICE: 1.0},
+    )  # fmt: skip
 
 
-def _holds(
-    spent: dict[str, Total], updating: float, own_cpu: float, images: int, cpu_decoder: bool, wall: float
-) -> dict[str, dict[str, float]]:
-    """Seconds an image at each stage of the running loop."""
-    host = spent[PLAN].cpu + spent[BATCH].cpu
-    copy = spent[COPY]
-    seconds = {
-        "plan": {FRONT: spent[PLAN].wall, CORES: spent[PLAN].cpu},
-        "storage": {THREADS: spent[FETCH].wall, CORES: spent[FETCH].cpu},
-        "masks": {FRONT: spent[BATCH].wall - copy.wall, CORES: spent[BATCH].cpu - copy.cpu},
-        "host copy": {FRONT: copy.wall, CORES: copy.cpu},
-    }
-    if cpu_decoder:
-        host += spent[TASK].cpu
-        inside = [spent[name] for name in (FETCH, DECODE, RESIZE)]
-        seconds |= {
-            "decode": {THREADS: spent[DECODE].wall, CORES: spent[DECODE].cpu},
-            "resize": {THREADS: spent[RESIZE].wall, CORES: spent[RESIZE].cpu},
-            "bookkeeping": {
-                THREADS: spent[TASK].wall - sum(each.wall for each in inside),
-                CORES: spent[TASK].cpu - sum(each.cpu for each in inside),
-            },
-        }
-    else:  # what the device or DALI's threads do cannot be seen from here: what is not the step's is theirs
-        host += spent[FETCH].cpu
-        seconds["decode"] = {FRONT: max(0.0, wall - updating)}
-    seconds[STEP] = {DEVICE: updating, CORES: max(0.0, own_cpu - host)}
-    return {name: {resource: held / images for resource, held in each.items()} for name, each in seconds.items()}
+def _holds(watcher: Watcher, updating: float, wall: float, images: int) -> dict[str, dict[str, float]]:
+    """Returns the seconds for which an image holds a thread (or the device) and a core at each stage."""
+    found = stages(watcher.seen)
+    host = sum(spent.cpu for spent in found.values())
+    holds = {name: {HOLDERS[name][0]: spent.wall, CORES: spent.cpu} for name, spent in found.items()}
+    if "decode" not in found:  # of DALI and the resident decoder all is theirs that is not the step's
+        holds["decode"] = {FRONT: max(0.0, wall - updating)}
+    holds[STEP] = {DEVICE: updating, CORES: max(0.0, watcher.around.own - host)}
+    return {name: {resource: held / images for resource, held in each.items()} for name, each in holds.items()}
 
 
 def _slow_steps(steps: list[float], waits: list[float]) -> str:
-    middle = Measured.of(steps).median
+    middle = statistics.median(steps)
     slow = [number for number, seconds in enumerate(steps) if seconds > SLOW * middle]
     if not slow:
         return ""

@@ -1,18 +1,15 @@
-"""report, a described machine -> [profile_plan] -> images per second, hours and cost there, measured or assumed.
+"""Predicts images per second, hours and cost on another machine; each number is measured, given or assumed.
 
-The same model as the verdict's, with other servers: stages cost what they cost here, cores are as fast as these, and
-the step is the measured one where the report comes from the same kind of GPU, else FLOPs over peak at an assumed MFU.
+The model is the verdict's with other servers: stages cost what they cost here, and cores are as fast as these. The step
+is the measured one where the report comes from the same kind of GPU, else FLOPs over the peak at an assumed MFU.
 """
 
 from dataclasses import dataclass
 from typing import Any
 
 from patchmill.tools.profiler.bottleneck import CORES, DEVICE, GIL, STEP, STORAGE, Model, Stage, judge
+from patchmill.tools.profiler.loader_bound import HOLDERS
 from patchmill.trainer.flops import PEAK_BF16_FLOPS
-
-SECONDS_AN_HOUR = 3600
-COMPUTE_LIKE = ("plan", "bookkeeping")
-"""stages that hold Python's lock"""
 
 
 @dataclass(frozen=True)
@@ -74,59 +71,51 @@ class Plan:
 
 
 def predict(report: dict[str, Any], plan: PlanConfig) -> Plan:
-    """What a run would do on the described machine.
+    """Predicts a run on the described machine.
 
     Raises:
-        ValueError: the report holds neither a loader nor a step.
+        ValueError: the report has neither a loader nor a step.
     """
     loader, config = report.get("loader"), report["config"]
     if loader is None and "step" not in report:
         raise ValueError("a plan needs the rates of a loader or a step: profile loader, step or all")
-    cores = plan.cores or 16 * plan.gpus
-    seconds, step_basis = _step_seconds(report, plan)
-    lines = [Line("step", f"{plan.gpus} x {1 / seconds:,.0f} images/s", step_basis)]
-    stages, servers = [Stage(STEP, {DEVICE: seconds})], {DEVICE: plan.gpus * _scaling(plan)}
+    seconds, basis = _step_seconds(report, plan)
+    lines = [Line("step", f"{plan.gpus} x {1 / seconds:,.0f} images/s", basis)]
+    gpus = plan.gpus * plan.scaling if plan.gpus > 1 else plan.gpus
+    stages, servers = [Stage(STEP, {DEVICE: seconds})], {DEVICE: float(gpus)}
     if plan.gpus > 1:
-        lines.append(
-            Line("together", f"{servers[DEVICE] / seconds:,.0f} images/s", f"assumed: {plan.scaling:.0%} is left")
-        )
+        lines.append(Line("together", f"{gpus / seconds:,.0f} images/s", f"assumed: {plan.scaling:.0%} is left"))
     if loader is not None:
-        for stage in loader["stages"]:
-            cpu = stage["cpu"]["median"]
-            held = {CORES: cpu} | ({GIL: cpu} if stage["name"] in COMPUTE_LIKE else {})
-            stages.append(Stage(stage["name"], held))
-        disk = loader["image_bytes"] / (plan.disk_mb_per_s * 1e6)
+        cores, disk = plan.cores or 16 * plan.gpus, loader["image_bytes"] / (plan.disk_mb_per_s * 1e6)
+        used = {stage["name"]: stage["cpu"]["median"] for stage in loader["stages"]}
+        for name, cpu in used.items():
+            stages.append(Stage(name, {CORES: cpu} | ({GIL: cpu} if GIL in HOLDERS.get(name, ()) else {})))
         stages.append(Stage("reading", {STORAGE: disk}))
         servers |= {CORES: float(cores), STORAGE: 1.0, GIL: float(plan.gpus)}
-        used = sum(stage["cpu"]["median"] for stage in loader["stages"])
-        given = "as given" if plan.cores else "assumed, 16 for each GPU"
-        basis = f"measured: {1e6 * used:,.0f} µs of a core an image (decoder {loader['decoder']}); cores {given}"
-        lines.append(Line("loader", f"{cores} cores: {cores / used:,.0f} images/s", basis))
+        total, given = sum(used.values()), "as given" if plan.cores else "assumed, 16 for each GPU"
+        basis = f"measured: {1e6 * total:,.0f} µs of a core an image (decoder {loader['decoder']}); cores {given}"
+        lines.append(Line("loader", f"{cores} cores: {cores / total:,.0f} images/s", basis))
         basis = f"measured: {loader['image_bytes'] / 1e3:,.0f} KB an image; the disk as given"
         lines.append(Line("storage", f"{plan.disk_mb_per_s:,.0f} MB/s: {1 / disk:,.0f} images/s", basis))
     verdict = judge(Model(stages, servers))
-    lines.append(Line("the run", f"{verdict.images_per_s:,.0f} images/s", verdict.sentence))
+    rate = verdict.images_per_s
+    lines.append(Line("the run", f"{rate:,.0f} images/s", verdict.sentence))
     images, epochs = plan.images or (loader or {}).get("images", 0), plan.epochs or config["train"]["total_epochs"]
     if not images:
-        return Plan(verdict.images_per_s, None, None, None, verdict.stage, lines)
-    hours = images * epochs / verdict.images_per_s / SECONDS_AN_HOUR
+        return Plan(rate, None, None, None, verdict.stage, lines)
+    hours = images * epochs / rate / 3600
+    cost = hours * plan.gpus * plan.price if plan.price else None
     source = f"{'given' if plan.images else 'of the dataset'}; {'given' if plan.epochs else 'of the recipe'}"
     lines.append(Line("images x epochs", f"{images:,} x {epochs:g}", source))
-    lines.append(
-        Line("time", f"{hours:,.1f} h = {hours * plan.gpus:,.0f} GPU-hours", "follows; evaluation and stops left out")
-    )
-    cost = hours * plan.gpus * plan.price if plan.price else None
+    spent = f"{hours:,.1f} h = {hours * plan.gpus:,.0f} GPU-hours"
+    lines.append(Line("time", spent, "follows; without evaluation and stops"))
     if cost is not None:
         lines.append(Line("cost", f"{cost:,.0f}", f"at {plan.price:g} a GPU-hour, as given"))
-    return Plan(verdict.images_per_s, hours, hours * plan.gpus, cost, verdict.stage, lines)
-
-
-def _scaling(plan: PlanConfig) -> float:
-    return plan.scaling if plan.gpus > 1 else 1.0
+    return Plan(rate, hours, hours * plan.gpus, cost, verdict.stage, lines)
 
 
 def _step_seconds(report: dict[str, Any], plan: PlanConfig) -> tuple[float, str]:
-    """Device seconds of an image, and where they come from."""
+    """Returns the device seconds of an image, and their source."""
     step = report.get("step")
     if step is not None and report["device"] == "cuda" and plan.gpu in report["machine"]["hardware"]:
         return step["seconds"]["median"] / step["batch"], f"measured on {report['machine']['hardware']}"
