@@ -88,7 +88,7 @@ def test_duration_may_be_given_in_images(dataset, tmp_path):
         ("--train.precision fp7", "'bf16', 'fp16', 'fp32'"),
         ("--seed -1", "seed is -1"),
         ("--train.total-images 5", "leave one out"),
-        ("--train.spike-factor 0.5", "more than 1"),
+        ("--train.spike-factor 0.5", "greater than 1"),
         ("--train.accum-steps 3", "choose a multiple of 3"),
         ("--train.fp8", "torchao"),
         ("--train.cuda-graph", "one GPU"),
