@@ -27,7 +27,7 @@ from patchmill.tools.packing.workers import map_in_processes
 
 @dataclass(frozen=True)
 class IndexArgs:
-    """Makes a dataset of WebDataset tars that another program wrote: manifest, .idx and sample table beside the tars.
+    """Makes a dataset of WebDataset tars that another program wrote: manifest, .idx and sample table next to the tars.
 
     Example:
         patchmill index tars/

@@ -79,7 +79,7 @@ def main(argv: list[str]) -> int:
     options, given = (argv[: argv.index("--")], argv[argv.index("--") + 1 :]) if "--" in argv else (argv, [])
     launch = parse(LaunchConfig, "patchmill launch", options)
     if not given:
-        raise ValueError("give the options of pretrain after --, as in: launch --gpus 8 -- --recipe mae-vit-b16 ...")
+        raise ValueError("give the options of pretrain after --: patchmill launch --gpus 8 -- --recipe mae-vit-b16 ...")
     config = parse_pretrain(given)  # finds a mistake now and not when the job starts
     ranks = launch.nodes * launch.gpus
     if config.train.global_batch % (ranks * config.train.accum_steps):
