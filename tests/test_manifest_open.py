@@ -73,7 +73,7 @@ def test_fingerprint_follows_the_content(dataset, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"format_version": 2}, "format_version 2 and this program reads 1"),
+        ({"format_version": 2}, "expected format_version 1, found 2"),
         ({"num_samples": 13}, "counts 13 samples and its shards 12"),
         ({"shards": [{"name": "a.tar"}]}, "lacks a field"),
         ({"shards": []}, "counts 12 samples and its shards 0"),
@@ -102,7 +102,7 @@ def test_missing_shard(dataset):
 def test_cut_shard(dataset):
     tar = dataset / "shard-000001.tar"
     tar.write_bytes(tar.read_bytes()[:-512])
-    with pytest.raises(ValueError, match=r"shard-000001\.tar has \d+ bytes where"):
+    with pytest.raises(ValueError, match=r"shard-000001\.tar: expected \d+ bytes as in manifest\.json, found \d+"):
         open_dataset(dataset)
 
 
