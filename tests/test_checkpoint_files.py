@@ -9,42 +9,8 @@ from safetensors import safe_open
 
 from patchmill.trainer.checkpoints import checkpoint
 from patchmill.trainer.config.model import ModelConfig
-from patchmill.trainer.config.pretrain import OptimConfig
-from patchmill.trainer.engine.optim import build_optimizer
-from patchmill.trainer.engine.step import Guard
-from patchmill.trainer.model.mae import MaskedAutoencoder
-
-TINY = ModelConfig(
-    image_size=32,
-    patch_size=8,
-    embed_dim=16,
-    depth=1,
-    num_heads=2,
-    decoder_embed_dim=8,
-    decoder_depth=1,
-    decoder_num_heads=2,
-)
-
-
-GUARD = Guard(torch.device("cpu"))
-
-
-def save(run, step, model, optimizer, loader=None):
-    """Writes a checkpoint as the trainer does."""
-    state = {"loader": loader or {"epoch": 0, "step": 0, "fingerprint": {}}}
-    return checkpoint.write(run, step, checkpoint.take_snapshot(model, optimizer, GUARD, state))
-
-
-def trained_pair(config=TINY, seed=0):
-    """A model and its optimizer after one update with made-up gradients."""
-    torch.manual_seed(seed)
-    model = MaskedAutoencoder(config)
-    optimizer = build_optimizer(model, OptimConfig())
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.grad = torch.randn_like(parameter)
-    optimizer.step()
-    return model, optimizer
+from tests.support.small_models import SMALLEST
+from tests.support.trained import GUARD, save, trained_pair
 
 
 def test_what_was_saved_comes_back_bit_for_bit(tmp_path):
@@ -105,7 +71,7 @@ def test_prune_keeps_the_newest(tmp_path):
 def test_a_checkpoint_of_another_model_is_refused_by_name(tmp_path):
     model, optimizer = trained_pair()
     path = save(tmp_path, 1, model, optimizer)
-    other = trained_pair(ModelConfig(**{**TINY.__dict__, "embed_dim": 24}))
+    other = trained_pair(ModelConfig(**{**SMALLEST.__dict__, "embed_dim": 24}))
     with pytest.raises(ValueError, match="embed_dim 16 there, 24 here"):
         checkpoint.restore(path, other[0], other[1], GUARD)
 
@@ -116,7 +82,7 @@ def test_load_model_takes_run_folder_checkpoint_or_file(tmp_path):
     for given in (tmp_path, path, path / "model.safetensors"):
         loaded, source = checkpoint.load_model(given)
         assert source == path / "model.safetensors"
-        assert loaded.config == TINY
+        assert loaded.config == SMALLEST
         assert torch.equal(loaded.norm.weight, model.norm.weight)
         assert not loaded.training
 

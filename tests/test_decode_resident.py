@@ -3,12 +3,12 @@
 import numpy as np
 import pytest
 import torch
-from test_loader_faults import flip_a_bit
 
 from patchmill.pipeline.config import MaskConfig
 from patchmill.pipeline.decode.cpu import INTERPOLATIONS
 from patchmill.pipeline.decode.resident import filter_weights
 from patchmill.pipeline.loader import DataConfig, build_loader
+from tests.support.damage import flip_a_bit
 from tests.support.photos import make_dataset
 
 COUNT = 24

@@ -18,6 +18,7 @@ from patchmill.pipeline.config import MaskConfig
 from patchmill.pipeline.loader import DataConfig, build_loader
 from patchmill.pipeline.read.manifest import open_dataset
 from patchmill.pipeline.read.shards import ShardReader
+from tests.support.damage import flip_a_bit, overwrite, rows_of
 from tests.support.photos import jpeg, make_dataset, photo_crop
 from tests.support.raw_dataset import make_raw_dataset
 
@@ -42,24 +43,6 @@ def dataset(tmp_path):
 def run_to_the_end(loader, epochs=3):
     for _ in range(epochs * loader.steps_per_epoch):
         next(loader)
-
-
-def rows_of(dataset):
-    return np.load(dataset / "samples.npy")
-
-
-def overwrite(dataset, sample, at, data):
-    """Writes into the shard, `at` bytes after the sample's first."""
-    row = rows_of(dataset)[sample]
-    with sorted(dataset.glob("*.tar"))[row["shard"]].open("r+b") as file:
-        file.seek(int(row["offset"]) + at)
-        file.write(data)
-
-
-def flip_a_bit(dataset, sample, at=300):
-    row = rows_of(dataset)[sample]
-    shard = sorted(dataset.glob("*.tar"))[row["shard"]].read_bytes()
-    overwrite(dataset, sample, at, bytes([shard[int(row["offset"]) + at] ^ 1]))
 
 
 DAMAGE = {

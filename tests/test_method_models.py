@@ -5,8 +5,6 @@ from typing import Any
 
 import pytest
 import torch
-from test_model_compile import CONFIG
-from test_world_ranks import assert_close_runs, config_of
 from torch.utils.flop_counter import FlopCounterMode
 
 from patchmill.pipeline.batch import Batch
@@ -28,8 +26,10 @@ from patchmill.trainer.recipes.pretrain import get_recipe
 from tests.support.devices import ALONE, CPU, no_host_sync
 from tests.support.photos import make_dataset
 from tests.support.ranks import next_world, run_ranks
+from tests.support.small_models import OBLONG
+from tests.support.small_runs import assert_close_runs, twenty_steps
 
-SMALL = dataclasses.replace(CONFIG, norm_pix_loss=False)
+SMALL = dataclasses.replace(OBLONG, norm_pix_loss=False)
 METHODS: dict[str, dict[str, Any]] = {
     "simmim": {"kind": "simmim"},
     "crossmae": {"kind": "crossmae"},
@@ -202,7 +202,7 @@ LAYOUTS = {"simmim": "ddp", "crossmae": "fsdp", "mask tokens": "fsdp", "pca": "d
 def config_in(folder, dataset, run, name, **changes):
     """The config of a run, with the target that it needs."""
     path = str(folder / "pca.safetensors") if name == "pca" else ""
-    return config_of(dataset, folder / run, target_path=path, **RUNS[name], **changes)
+    return twenty_steps(dataset, folder / run, target_path=path, **RUNS[name], **changes)
 
 
 def on_two_ranks(rank, dataset, folder):
@@ -218,7 +218,7 @@ def runs(tmp_path_factory):
     dataset = make_dataset(tmp_path_factory.mktemp("data"), count=40)
     basis = torch.linalg.qr(torch.randn(192, 16, generator=torch.Generator().manual_seed(0))).Q
     target = {"mean": torch.zeros(192), "basis": basis}
-    write_target(target, config_of("", "", **RUNS["pca"]).model, folder / "pca.safetensors")
+    write_target(target, twenty_steps("", "", **RUNS["pca"]).model, folder / "pca.safetensors")
     for name in RUNS:
         pretrain(config_in(folder, dataset, name, name))
     run_ranks(2, len(RUNS), on_two_ranks, dataset, folder)
@@ -233,7 +233,7 @@ def test_the_same_run_on_one_rank_and_two(method, runs):
 @pytest.mark.parametrize("method", RUNS)
 def test_a_checkpoint_gives_the_model_back_and_its_encoder_to_everyone(method, runs):
     model, path = checkpoint.load_model(runs / f"{method} two")
-    assert model.config == config_of("", "", **RUNS[method]).model
+    assert model.config == twenty_steps("", "", **RUNS[method]).model
     images = torch.randint(0, 256, (2, 32, 32, 3), dtype=torch.uint8)
     read = read_checkpoint(path)
     assert not read.has_decoder

@@ -5,27 +5,16 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from patchmill.pipeline.config import MaskConfig
 from patchmill.pipeline.plan.masks import MaskPlan
-from patchmill.trainer.config.model import ModelConfig
 from patchmill.trainer.model.mae import MaskedAutoencoder
-
-CONFIG = ModelConfig(
-    image_size=(32, 48),
-    patch_size=8,
-    embed_dim=32,
-    depth=2,
-    num_heads=2,
-    decoder_embed_dim=16,
-    decoder_depth=2,
-    decoder_num_heads=2,
-)
+from tests.support.small_models import OBLONG
 
 
 def case():
     """A model, images and a plan."""
     torch.manual_seed(0)
     images = torch.randint(0, 256, (3, 32, 48, 3), dtype=torch.uint8)
-    plan = MaskPlan.draw(MaskConfig(), seed=1, epoch=0, sample_ids_B=torch.arange(3), grid_hw=CONFIG.grid_hw)
-    return MaskedAutoencoder(CONFIG), images, plan
+    plan = MaskPlan.draw(MaskConfig(), seed=1, epoch=0, sample_ids_B=torch.arange(3), grid_hw=OBLONG.grid_hw)
+    return MaskedAutoencoder(OBLONG), images, plan
 
 
 def test_forward_and_backward_are_one_graph_with_the_eager_numbers():
@@ -49,7 +38,7 @@ def test_the_flop_counter_sees_only_matrix_products_of_visible_and_masked_tokens
     model, images, plan = case()
     with FlopCounterMode(display=False) as counter:
         model(images, plan)
-    B, c = 3, CONFIG
+    B, c = 3, OBLONG
     kept, masked, patches = plan.ids_keep.shape[1], plan.ids_mask.shape[1], c.num_patches
 
     def block(queries, tokens, dim):

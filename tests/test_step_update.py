@@ -10,7 +10,6 @@ import torch
 from patchmill.pipeline.batch import Batch
 from patchmill.pipeline.config import MaskConfig
 from patchmill.pipeline.plan.masks import MaskPlan
-from patchmill.trainer.config.model import ModelConfig
 from patchmill.trainer.config.pretrain import OptimConfig
 from patchmill.trainer.engine import step as step_module
 from patchmill.trainer.engine.optim import build_optimizer, find_apex
@@ -18,22 +17,12 @@ from patchmill.trainer.engine.step import Guard, set_learning_rate, update
 from patchmill.trainer.metrics import Metrics, mask_token_norm
 from patchmill.trainer.model.mae import MAEOutput, MaskedAutoencoder
 from tests.support.devices import ALONE, CPU, no_host_sync
-
-CONFIG = ModelConfig(
-    image_size=32,
-    patch_size=8,
-    embed_dim=16,
-    depth=1,
-    num_heads=2,
-    decoder_embed_dim=16,
-    decoder_depth=1,
-    decoder_num_heads=2,
-)
+from tests.support.small_models import SMALLEST
 
 
 def make(seed=0, clip_grad=None):
     torch.manual_seed(seed)
-    model = MaskedAutoencoder(CONFIG)
+    model = MaskedAutoencoder(SMALLEST)
     optimizer = build_optimizer(model, OptimConfig(clip_grad=clip_grad))
     set_learning_rate(optimizer, 1e-3)
     return model, optimizer
@@ -43,7 +32,7 @@ def batch_of(epoch=0, count=8):
     generator = torch.Generator().manual_seed(epoch)
     images = torch.randint(0, 256, (count, 32, 32, 3), dtype=torch.uint8, generator=generator)
     ids = torch.arange(count)
-    plan = MaskPlan.draw(MaskConfig(), seed=0, epoch=epoch, sample_ids_B=ids, grid_hw=CONFIG.grid_hw)
+    plan = MaskPlan.draw(MaskConfig(), seed=0, epoch=epoch, sample_ids_B=ids, grid_hw=SMALLEST.grid_hw)
     return Batch(images, plan, ids, ids, epoch, 0)
 
 

@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from sklearn.cluster import KMeans
 from sklearn.decomposition import PCA
-from test_world_ranks import config_of
 
 from patchmill.pipeline.batch import Batch
 from patchmill.pipeline.config import MaskConfig
@@ -33,6 +32,7 @@ from patchmill.trainer.pretrain import pretrain
 from tests.support.devices import ALONE, CPU
 from tests.support.photos import make_dataset
 from tests.support.small_models import TINY
+from tests.support.small_runs import twenty_steps
 
 WIDTHS = {"pca": 96, "kmeans": 8, "dvae": 0}
 
@@ -243,7 +243,7 @@ RUN = {"model__target": "pca", "model__target_width": 16, "model__norm_pix_loss"
 
 
 def fit(dataset, out, kind="pca", width=16, *more):
-    """Runs `patchmill target` for the model of `config_of`."""
+    """Runs `patchmill target` for the model of `twenty_steps`."""
     size = ("--model.image-size", 32, "--model.patch-size", 8, "--model.no-norm-pix-loss")
     return run_cli(kind, "--data.path", dataset, "--out", out, *size, "--width", width, "--device", "cpu", *more)
 
@@ -254,7 +254,7 @@ def test_the_command_fits_what_training_sees_and_pretraining_takes_it(dataset, t
     assert "16 components of 1,024 patches explain" in said  # 64 crops of 16 patches: 40 images, filled up
     tensors = load_file(tmp_path / "pca.safetensors")
     assert {name: tuple(t.shape) for name, t in tensors.items()} == {"mean": (192,), "basis": (192, 16)}
-    config = config_of(dataset, tmp_path / "run", target_path=str(tmp_path / "pca.safetensors"), **RUN)
+    config = twenty_steps(dataset, tmp_path / "run", target_path=str(tmp_path / "pca.safetensors"), **RUN)
     pretrain(config)
     assert len(read_metrics(tmp_path / "run")) == 20
     # the checkpoint is whole without the file, for loading and for going on
@@ -273,7 +273,7 @@ def test_k_means_by_command(dataset, tmp_path, capsys):
     assert fit(dataset, tmp_path / "again.safetensors", "kmeans", 12, "--patches", 300) == 0
     assert torch.equal(first, load_file(tmp_path / "again.safetensors")["tokenizer.codebook"])
     run = {"model__target": "kmeans", "model__target_width": 12, "model__norm_pix_loss": False}
-    summary = pretrain(config_of(dataset, tmp_path / "run", target_path=str(tmp_path / "k.safetensors"), **run))
+    summary = pretrain(twenty_steps(dataset, tmp_path / "run", target_path=str(tmp_path / "k.safetensors"), **run))
     assert summary.latest["loss"] < math.log(12) + 0.1
 
 
@@ -296,10 +296,10 @@ def test_the_dvae_goes_through_safetensors_alone(tmp_path, capsys):
 def test_what_cannot_be_is_named_with_a_remedy(dataset, tmp_path):
     def refused(match, path="", **changes):
         with pytest.raises(ValueError, match=match):
-            pretrain(config_of(dataset, tmp_path / "run", target_path=str(path), **(RUN | changes)))
+            pretrain(twenty_steps(dataset, tmp_path / "run", target_path=str(path), **(RUN | changes)))
 
     file = tmp_path / "pca.safetensors"
-    write_target({"mean": torch.zeros(192), "basis": torch.zeros(192, 16)}, config_of("", "", **RUN).model, file)
+    write_target({"mean": torch.zeros(192), "basis": torch.zeros(192, 16)}, twenty_steps("", "", **RUN).model, file)
     refused(r"model\.target pca comes from a file: give --target-path; `patchmill target pca --help`")
     refused(r"target_width 16 there, 8 here", file, model__target_width=8)
     refused(r"norm_pix_loss False there, True here", file, model__norm_pix_loss=True)

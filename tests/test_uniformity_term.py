@@ -9,7 +9,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
-from test_world_ranks import config_of
 
 from patchmill.pipeline.config import MaskConfig
 from patchmill.pipeline.plan.masks import MaskPlan
@@ -24,6 +23,7 @@ from patchmill.trainer.pretrain import pretrain
 from patchmill.trainer.recipes.pretrain import get_recipe
 from tests.support.photos import make_dataset
 from tests.support.ranks import next_world, run_ranks
+from tests.support.small_runs import twenty_steps
 
 GOLDEN = Path(__file__).parent / "golden" / "uniformity.safetensors"
 FORMS: tuple[Form, ...] = ("as-published", "global-gradient")
@@ -78,7 +78,7 @@ def on_two_ranks(rank, dataset, folder):
     dist.destroy_process_group()
     for name, changes in RUNS.items():
         next_world()
-        pretrain(config_of(dataset, folder / name, **changes))
+        pretrain(twenty_steps(dataset, folder / name, **changes))
 
 
 GLOBAL = {"model__uniformity_weight": 0.5, "model__uniformity_form": "global-gradient"}
@@ -94,7 +94,7 @@ def runs(tmp_path_factory):
     """The folder of what two ranks found, and of runs by one and two."""
     folder = tmp_path_factory.mktemp("uniformity")
     dataset = make_dataset(tmp_path_factory.mktemp("data"), count=40)
-    pretrain(config_of(dataset, folder / "global-one", **GLOBAL))
+    pretrain(twenty_steps(dataset, folder / "global-one", **GLOBAL))
     run_ranks(2, 1 + len(RUNS), on_two_ranks, dataset, folder)
     return folder
 

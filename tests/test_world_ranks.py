@@ -19,35 +19,12 @@ from patchmill.trainer.engine.world import joined_world
 from patchmill.trainer.metrics import read_lines, read_metrics
 from patchmill.trainer.model.mae import MAEOutput, MaskedAutoencoder
 from patchmill.trainer.pretrain import pretrain
-from patchmill.trainer.recipes.pretrain import get_recipe, with_options
 from tests.support.photos import make_dataset
 from tests.support.ranks import next_world, run_ranks
+from tests.support.small_runs import STEPS, assert_close_runs, losses, twenty_steps, weights
 
-STEPS = 20
 BAD_STEP = 4
 NOT_FINITE = {"nan_run": float("nan"), "inf_run": float("inf")}
-
-
-def config_of(dataset, run, **changes):
-    return with_options(
-        get_recipe("mae-tiny"),
-        data__path=str(dataset),
-        out=str(run),
-        device="cpu",
-        model__image_size=32,
-        model__embed_dim=32,
-        model__depth=2,
-        model__num_heads=2,
-        model__decoder_embed_dim=16,
-        model__decoder_num_heads=2,
-        train__global_batch=8,
-        train__total_steps=STEPS,
-        train__save_every_steps=STEPS // 2,
-        train__log_every_steps=5,
-        train__precision="fp32",
-        train__tensorboard=False,
-        **changes,
-    )
 
 
 def train_on_two_ranks(rank, dataset, folder):
@@ -64,10 +41,10 @@ def train_on_two_ranks(rank, dataset, folder):
     }
     for name, changes in worlds.items():
         next_world()
-        pretrain(config_of(dataset, folder / name, **changes))
+        pretrain(twenty_steps(dataset, folder / name, **changes))
     for name, value in NOT_FINITE.items():
         next_world()
-        _with_a_bad_loss_on_rank_1(rank, config_of(dataset, folder / name), value)
+        _with_a_bad_loss_on_rank_1(rank, twenty_steps(dataset, folder / name), value)
 
 
 def _with_a_bad_loss_on_rank_1(rank, config, value):
@@ -93,37 +70,14 @@ def runs(tmp_path_factory):
     """The folder of all runs: one process, one process with accumulation, and those of two ranks."""
     folder = tmp_path_factory.mktemp("runs")
     dataset = make_dataset(tmp_path_factory.mktemp("data"), count=40)
-    pretrain(config_of(dataset, folder / "one"))
-    pretrain(config_of(dataset, folder / "accumulated", train__accum_steps=4))
+    pretrain(twenty_steps(dataset, folder / "one"))
+    pretrain(twenty_steps(dataset, folder / "accumulated", train__accum_steps=4))
     run_ranks(2, 9, train_on_two_ranks, dataset, folder)
     resumed = str(checkpoint.folder(folder / "ddp", STEPS // 2))
-    pretrain(config_of(dataset, folder / "ddp_to_one", resume=resumed))
+    pretrain(twenty_steps(dataset, folder / "ddp_to_one", resume=resumed))
     resumed = str(checkpoint.folder(folder / "fsdp", STEPS // 2))
-    pretrain(config_of(dataset, folder / "fsdp_to_one", resume=resumed))
+    pretrain(twenty_steps(dataset, folder / "fsdp_to_one", resume=resumed))
     return folder
-
-
-def losses(run):
-    return {line["step"]: line["loss"] for line in read_metrics(run)}
-
-
-def weights(run, step=STEPS):
-    return load_file(checkpoint.folder(run, step) / "model.safetensors")
-
-
-def assert_close_runs(one, other):
-    ours, theirs = losses(one), losses(other)
-    assert max(ours) == max(theirs) == STEPS
-    for step in ours.keys() & theirs.keys():
-        # another order of fp32 sums, amplified by twenty updates
-        assert ours[step] == pytest.approx(theirs[step], rel=1e-5), step
-    for (name, a), b in zip(weights(one).items(), weights(other).values(), strict=True):
-        if name.endswith("qkv.bias"):  # the K third has no true gradient: Adam makes steps of its rounding noise
-            dim = len(a) // 3
-            a, b = torch.cat([a[:dim], a[2 * dim :]]), torch.cat([b[:dim], b[2 * dim :]])
-        elif name.endswith("kv.bias"):  # its K half likewise
-            a, b = a[len(a) // 2 :], b[len(b) // 2 :]
-        assert torch.allclose(a, b, rtol=1e-3, atol=2e-5), (name, (a - b).abs().max())
 
 
 @pytest.mark.parametrize(
@@ -145,7 +99,7 @@ def test_the_same_run_whatever_carries_it(one, other, runs):
 
 
 def test_sharded_checkpoints_hold_whole_tensors_under_published_names(runs):
-    model = MaskedAutoencoder(config_of("", "").model)
+    model = MaskedAutoencoder(twenty_steps("", "").model)
     saved = weights(runs / "fsdp")
     assert {name: tensor.shape for name, tensor in saved.items()} == {n: t.shape for n, t in model.state_dict().items()}
     assert checkpoint.load_model(runs / "fsdp")[0].config == model.config

@@ -1,4 +1,4 @@
-"""Models for the interchange tests: small ones, every number different, and the published sizes without the memory."""
+"""Configs of small models for all tests, and tensors for them; the published sizes without their memory."""
 
 import dataclasses
 from functools import cache
@@ -22,6 +22,10 @@ TINY = ModelConfig(
     norm_pix_loss=False,
 )
 WIDE = dataclasses.replace(TINY, image_size=(32, 56), channels=4, mean=(0.1, 0.2, 0.3, 0.4), std=(0.5, 0.6, 0.7, 0.8))
+OBLONG = dataclasses.replace(TINY, image_size=(32, 48), num_heads=2, norm_pix_loss=True)
+SMALLEST = dataclasses.replace(
+    TINY, embed_dim=16, depth=1, num_heads=2, decoder_embed_dim=16, decoder_depth=1, norm_pix_loss=True
+)
 B16 = ModelConfig()
 L16 = ModelConfig(embed_dim=1024, depth=24, num_heads=16)
 H14 = ModelConfig(patch_size=14, embed_dim=1280, depth=32, num_heads=16)
