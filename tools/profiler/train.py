@@ -114,7 +114,7 @@ def measure_train(config: PretrainConfig, device: torch.device, seconds: float) 
         config = with_options(
             config, train__total_steps=STEPS, train__total_images=None, train__save_every_steps=STEPS,
             train__picture_every_epochs=None, train__spectrum_every_epochs=None, train__wandb=None,
-            eval__every_epochs=None, device=device.type, out=folder, resume="never",
+            eval__every_epochs=None, device=device.type, out=folder, resume="never", init="",
         )  # fmt: skip
         pretrain(config, watcher.progress, watcher)
         raise KeyboardInterrupt  # a signal ended the run early
