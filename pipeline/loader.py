@@ -58,9 +58,8 @@ class BatchMaker:
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.decoder = make_decoder(spec)
 
-    def set_size(self, size_hw: tuple[int, int]) -> None:
-        """Makes images of this height and width from the next call of `batches` on."""
-        spec = dataclasses.replace(self.spec, size_hw=size_hw)
+    def remake(self, spec: BatchSpec) -> None:
+        """Makes batches of this spec from the next call of `batches` on."""
         self.spec, self.decoder = spec, self.make_decoder(spec)
 
     def batches(self, epoch: int, step: int) -> Iterator[tuple[Batch, torch.cuda.Event | None]]:
@@ -160,9 +159,9 @@ class Loader:
         """
         if size_hw == self.maker.spec.size_hw:
             return
-        dataclasses.replace(self.maker.spec, size_hw=size_hw)  # raises before anything is stopped
+        spec = dataclasses.replace(self.maker.spec, size_hw=size_hw)  # raises before anything is stopped
         self._stop()
-        self.maker.set_size(size_hw)
+        self.maker.remake(spec)
 
     def state_dict(self) -> dict[str, Any]:
         """Returns epoch and step of the next batch, and all that the order depends on, as plain values for JSON."""

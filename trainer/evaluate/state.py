@@ -6,7 +6,6 @@ the step, the history and the options. Frozen weights are read from the checkpoi
 
 import dataclasses
 import json
-import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -155,9 +154,7 @@ def _restore(learning: Learning, tensors: dict[str, Tensor]) -> None:
 
 def _write(path: Path, tensors: dict[str, Tensor], header: dict[str, str]) -> None:
     try:
-        with whole_file(path) as beside:
-            save_file({name: t.detach().contiguous() for name, t in tensors.items()}, beside, metadata=header)
-            with open(beside, "rb") as file:
-                os.fsync(file.fileno())
+        with whole_file(path) as unfinished:
+            save_file({name: t.detach().contiguous() for name, t in tensors.items()}, unfinished, metadata=header)
     except (SafetensorError, OSError) as error:
         raise OSError(f"cannot write {path}: {error}; free space or choose another --out") from error
