@@ -290,7 +290,7 @@ def test_the_dvae_goes_through_safetensors_alone(tmp_path, capsys):
     assert "pickles are never opened" in capsys.readouterr().err
     save_file({"blocks.input.b": torch.zeros(256)}, tmp_path / "part.safetensors")
     assert run_cli("dvae", "--weights", tmp_path / "part.safetensors", "--out", tmp_path / "e.safetensors") == 2
-    assert "does not hold DALL-E's encoder: 73 of 74 tensors are missing" in capsys.readouterr().err
+    assert "is not DALL-E's encoder: 73 of its 74 tensors are missing" in capsys.readouterr().err
 
 
 def test_what_cannot_be_is_named_with_a_remedy(dataset, tmp_path):
