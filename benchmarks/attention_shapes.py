@@ -1,4 +1,4 @@
-"""a model -> [attention_shapes] -> the shapes of its attention, and which backend of SDPA torch takes for each.
+"""Lists the attention shapes of a model, and the SDPA backend that torch takes for each.
 
 Shapes: B images, N tokens, Q queries, H heads, d width of a head.
 """

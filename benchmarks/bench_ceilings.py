@@ -112,14 +112,14 @@ def _only(backend: str) -> AbstractContextManager[None]:
 
 def attention_error(backend: str, shape: AttentionShape, device: str, dtype: torch.dtype) -> float:
     """Largest relative error of output and gradients against the math backend in fp32; NaN where one is not finite."""
-    qkv = random_qkv(shape, ERROR_BATCH, device, dtype)
+    q, k, v = qkv = random_qkv(shape, ERROR_BATCH, device, dtype)
     grad = torch.randn(ERROR_BATCH, shape.H, shape.Q, shape.d, device=device).to(dtype)
     with _only(backend):
-        out = F.scaled_dot_product_attention(*qkv)
+        out = F.scaled_dot_product_attention(q, k, v)
     found = (out, *torch.autograd.grad(out, qkv, grad))
-    exact_qkv = tuple(each.detach().float().requires_grad_() for each in qkv)
+    exact_qkv = [each.detach().float().requires_grad_() for each in (q, k, v)]
     with sdpa_kernel(SDPBackend.MATH):
-        exact_out = F.scaled_dot_product_attention(*exact_qkv)
+        exact_out = F.scaled_dot_product_attention(exact_qkv[0], exact_qkv[1], exact_qkv[2])
     exact = (exact_out, *torch.autograd.grad(exact_out, exact_qkv, grad.float()))
     errors = torch.stack([(f.float() - e).norm() / e.norm() for f, e in zip(found, exact, strict=True)])
     return errors.max().item() if errors.isfinite().all() else math.nan

@@ -27,7 +27,7 @@ import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from unittest import mock
 
 import numpy as np
@@ -53,6 +53,8 @@ LEAST_IMAGES = 8192
 LOADS = (0.0, 0.35, 0.5, 0.65, 0.8, 0.9, 1.0)
 FRACTION_AIM, LOADER_AIM = 0.97, 15_000
 PACKAGES = ("torch", "triton", "numpy", "nvidia-dali-cuda130", "nvidia-nvimgcodec-cu13", "nvidia-nvjpeg", "simplejpeg")
+
+DecoderName = Literal["cpu", "dali"]
 
 
 class Page:
@@ -142,7 +144,9 @@ def photographs(folder: Path) -> Path:
     return folder
 
 
-def open_loader(data: Path, options: argparse.Namespace, batch: int, decoder: str = "dali") -> Loader:
+def open_loader(
+    data: Path, options: argparse.Namespace, batch: int, decoder: Literal["cpu", "dali"] = "dali"
+) -> Loader:
     """The loader as a ViT-B/16 run has it."""
     config = get_recipe(RECIPES[options.model]).model
     return build_loader(
@@ -279,7 +283,7 @@ def ask_loader(page: Page, data: Path, options: argparse.Namespace) -> None:
     """The loader alone, by the hardware decoder's share; and the CPU decoder beside it."""
     rates: dict[str, float] = {}
 
-    def measure(name: str, decoder: str) -> None:
+    def measure(name: str, decoder: DecoderName) -> None:
         loader = open_loader(data, options, options.batch, decoder)
         rates[name] = loader_rate(loader, options.device, options.seconds)
         rows = [[name, f"{rate:.0f}"] for name, rate in rates.items()]

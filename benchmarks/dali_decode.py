@@ -1,4 +1,4 @@
-"""JPEGs in memory -> [dali_decode] -> images/s of DALI's decoder and resize alone: no files, no checks, no masks.
+"""Measures DALI's decoder and resize alone, from JPEGs in memory: no files, no checks, no masks.
 
 The graph of pipeline/decode_dali.py in small, with the switches that it may be given: how much the hardware decoder
 takes, window or whole image, chroma upsampling as libjpeg does it.

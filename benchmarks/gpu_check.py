@@ -107,7 +107,7 @@ def second_call() -> Groups:
 
 
 CALLS = {"gpu_check": first_call, "gpu_check_more": second_call}
-SMALL = {
+SMALL: dict[str, dict[str, str | None]] = {
     "bench_step_gpu": {"--model": "tiny", "--batch": "2", "--rounds": "1", "--steps": "1"},
     "bench_kernels": {"--batch": "2", "--no-compile": None},
     "bench_ceilings": {"--models": "tiny", "--batch": "2"},

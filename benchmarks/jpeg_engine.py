@@ -1,4 +1,4 @@
-"""the machine -> [jpeg_engine] -> whether the JPEG decoder of a GPU answers, and if not, why not.
+"""Checks whether a GPU's JPEG decoder answers, and if not, why not.
 
 A100, H100, H200 and later have units that decode baseline JPEGs apart from their compute units. A container that was
 started without the driver capability `video` loses them without a word: nvJPEG then decodes on CPU and compute units.

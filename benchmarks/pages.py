@@ -1,4 +1,4 @@
-"""benchmarks -> [pages] -> benchmarks/results/: where result pages go, and how they are laid out."""
+"""Writes result pages to benchmarks/results/, all in one layout."""
 
 import json
 import os

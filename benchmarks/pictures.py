@@ -1,4 +1,4 @@
-"""[pictures] -> benchmarks: images worth learning from, on a machine that may have no data set."""
+"""Provides images worth learning from on a machine that may have no dataset."""
 
 import importlib.util
 from pathlib import Path

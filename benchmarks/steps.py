@@ -1,4 +1,4 @@
-"""images -> [steps] -> one training step, written in each of the ways that are compared.
+"""Builds one training step in each of the ways that the benchmarks compare.
 
 The published step is the published formulation (published_mae.py) with torch's default AdamW and bf16 autocast. Ours
 draws its masks anew in every step, as the loader does. Either may be compiled as a whole or block by block, and

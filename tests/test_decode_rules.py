@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image, TiffImagePlugin
 
+from patchmill.pipeline.config import MaskConfig
 from patchmill.pipeline.loader import DataConfig, build_loader
-from patchmill.pipeline.plan.masks import MaskConfig
 from patchmill.pipeline.read.image import decode_image, displayed_size, is_plain
 from patchmill.pipeline.read.image_headers import (
     RAW_PROFILE,

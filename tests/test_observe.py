@@ -8,10 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from patchmill.pipeline.config import DataConfig
+from patchmill.pipeline.config import DataConfig, MaskConfig
 from patchmill.pipeline.loader import build_loader
 from patchmill.pipeline.observe import NOBODY
-from patchmill.pipeline.plan.masks import MaskConfig
 from patchmill.trainer.checkpoints import checkpoint
 from patchmill.trainer.pretrain import pretrain
 from patchmill.trainer.recipes.pretrain import get_recipe, with_options

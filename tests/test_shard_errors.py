@@ -17,8 +17,7 @@ from patchmill.tools.packing.destination import LocalStore
 from patchmill.tools.packing.join import read_part
 from patchmill.tools.packing.listing import list_folder
 from patchmill.tools.packing.pack_dataset import pack_dataset
-from patchmill.tools.packing.pack_shard import part_name
-from patchmill.tools.packing.plan import PackOptions
+from patchmill.tools.packing.plan import PackOptions, part_name
 from tests.support.photos import jpeg, make_image_folder, photograph
 
 

@@ -1,4 +1,4 @@
-"""One process on the CPU, and a check that no value leaves the device for the host."""
+"""Checks that no value leaves the device for the host; describes one process on the CPU."""
 
 import contextlib
 

@@ -1,4 +1,4 @@
-"""What the evaluation tests share: labelled photographs, a small encoder on disk, short configs."""
+"""Makes labelled photographs, a small encoder on disk and short configs for the evaluation tests."""
 
 import dataclasses
 from pathlib import Path

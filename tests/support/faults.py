@@ -1,4 +1,4 @@
-"""A folder of faulty and unusual image files, made by code from one photograph: what users' collections hold.
+"""Writes a folder of faulty and unusual image files, as users' collections hold them, from one photograph.
 
 Each case says what packing must make of it: `pixels` (the documented ones, with the mean difference in grey levels that
 its encoding may cost), or the beginning of the reason it is left out for.

@@ -1,4 +1,4 @@
-"""A small HTTP server for tests: serves a folder on 127.0.0.1, and misbehaves when it is told to."""
+"""Serves a folder over HTTP on 127.0.0.1, and misbehaves on request."""
 
 import contextlib
 import http.server

@@ -9,12 +9,13 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
 ENVIRONMENT = os.environ | {"COLUMNS": "100", "TERM": "dumb", "NO_COLOR": "1"}
 PROFILES = ("loader", "step", "train", "kernels", "all", "plan", "diff")
-MODELS = {
+MODELS: dict[str, dict[str, Any]] = {
     "mae": {},
     "mask-tokens": {"encoder_mask_tokens": True},
     "simmim": {"kind": "simmim"},
@@ -22,7 +23,7 @@ MODELS = {
     "pca": {"target": "pca"},
     "kmeans": {"target": "kmeans", "target_width": 16},
 }
-SMALL = {"image_size": 32, "patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2}
+SMALL: dict[str, Any] = {"image_size": 32, "patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2}
 SMALL |= {"decoder_embed_dim": 16, "decoder_depth": 1, "decoder_num_heads": 2}
 
 
@@ -61,7 +62,7 @@ def write_parameters(folder: Path) -> None:
 
     for name, options in MODELS.items():
         with torch.device("meta"):
-            state = build_model(ModelConfig(**(SMALL | options))).state_dict()  # type: ignore[arg-type]
+            state = build_model(ModelConfig(**(SMALL | options))).state_dict()
         (folder / f"parameters-{name}.txt").write_text("".join(f"{key} {list(v.shape)}\n" for key, v in state.items()))
 
 

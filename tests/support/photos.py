@@ -1,4 +1,4 @@
-"""Small real JPEGs for tests, cut with a seed from the photographs in scikit-image's wheel (nothing is downloaded)."""
+"""Cuts small real JPEGs, with a seed, from the photographs in scikit-image's wheel (nothing is downloaded)."""
 
 from functools import cache
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""`patchmill pretrain` as torchrun starts it in tests: a little slower, and dying while it saves when it is told to.
+"""Runs `patchmill pretrain` for the torchrun tests: a little slower, and killed during a save on request.
 
 DIE_IN_SAVE=N: the first rank dies in its second save of torchrun's N-th attempt (from 0).
 """

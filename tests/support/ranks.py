@@ -1,4 +1,4 @@
-"""Runs a function on several ranks, each a process of its own, as torchrun would start them."""
+"""Runs a function on several ranks, one process each, as torchrun starts them."""
 
 import contextlib
 import os

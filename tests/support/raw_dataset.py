@@ -1,4 +1,4 @@
-"""Datasets whose samples are any bytes at all, as they are: what the packer would refuse or rewrite."""
+"""Writes datasets whose samples are arbitrary bytes that the packer would refuse or rewrite."""
 
 import io
 import zlib

@@ -1,4 +1,4 @@
-"""Configs of small models for all tests, and tensors for them; the published sizes without their memory."""
+"""Defines small models for all tests and makes tensors for them; the published sizes take no memory."""
 
 import dataclasses
 from functools import cache

@@ -1,4 +1,4 @@
-"""The smallest run that has everything: mae-tiny at 32 px, 32 wide, batch 8, on the CPU; and comparing two of them."""
+"""Defines the smallest run that has everything (mae-tiny at 32 px, 32 wide, batch 8, CPU) and compares two runs."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Triton's runtime -> [stub_driver] -> lines on stderr: a CUDA driver that does nothing, for machines without a GPU.
+"""Replaces Triton's CUDA driver by one that does nothing but print, for machines without a GPU.
 
 With it Triton's own launchers run as on a GPU: arguments are bound and specialised, kernels compiled to sm_90, loaded
 and launched, on CPU tensors whose addresses the stub takes for a device's. What it cannot show is what a kernel does.

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 import tyro
 
-from patchmill.pipeline.config import DataConfig
+from patchmill.pipeline.config import ReadConfig
 from patchmill.trainer.config.toml import read_toml
 from patchmill.trainer.recipes.pretrain import find_recipe
 
@@ -90,7 +90,7 @@ def split_off(argv: list[str], **options: dict[str, Any]) -> tuple[argparse.Name
     return first.parse_known_args(argv)
 
 
-def require_data(data: DataConfig) -> None:
+def require_data(data: ReadConfig) -> None:
     """Raises ValueError when --data.path is missing."""
     if not data.path:
         raise ValueError("no data: give --data.path DIR, a folder that `patchmill shard` wrote")
