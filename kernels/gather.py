@@ -43,7 +43,7 @@ def _(
 @torch.library.custom_op("patchmill::gather_tokens", mutates_args=())
 def _gather_tokens(x: Tensor, ids: Tensor, pos: Tensor | None, num_prefix: int) -> Tensor:
     if active_backend(x) == "triton":
-        from patchmill.kernels.gather_triton import gather_tokens as launch
+        from patchmill.kernels.tokens_triton import gather_tokens as launch
 
         return launch(x, ids, pos, num_prefix)
     return reference.gather_tokens(x, ids, pos, num_prefix)
@@ -57,7 +57,7 @@ def _(x: Tensor, ids: Tensor, pos: Tensor | None, num_prefix: int) -> Tensor:
 @torch.library.custom_op("patchmill::gather_tokens_backward", mutates_args=())
 def _gather_tokens_backward(grad: Tensor, ids: Tensor, num_rows: int, num_prefix: int) -> Tensor:
     if active_backend(grad) == "triton":
-        from patchmill.kernels.gather_triton import gather_tokens_backward as launch
+        from patchmill.kernels.tokens_triton import gather_tokens_backward as launch
 
         return launch(grad, ids, num_rows, num_prefix)
     return reference.gather_tokens_backward(grad, ids, num_rows, num_prefix)

@@ -1,4 +1,7 @@
-"""images or tokens, ids -> [gather in Triton] -> patches or tokens. See gather.py for the operators and reference.py.
+"""images, ids -> [gather in Triton] -> patches. See gather.py for the operator and reference.py.
+
+A program takes a tile of rows of one image: its first byte is a 64-bit offset, all arithmetic within the image is
+32-bit. Loads come before the first store, since the compiler moves no load over a store.
 
 Kernel-local names: i_ program and row numbers, o_ offsets, m_ masks, b_ values in registers, p_ pointers, capitals
 sizes.
@@ -6,6 +9,8 @@ sizes.
 
 # Kernel arguments have no Python types.
 # mypy: allow-untyped-defs, allow-incomplete-defs
+# Triton joins tuples with +, it does not unpack them.
+# ruff: noqa: RUF005
 
 from collections.abc import Sequence
 
@@ -14,31 +19,51 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-PATCHES_PER_PROGRAM = 4  # offsets and channel constants are made once for so many patches
-TOKEN_ROWS, TOKEN_COLUMNS = 16, 256  # a warp reads 256 bf16 values of a row as 32 loads of 16 bytes
+TILE_VALUES = 6144  # of the patches that a program holds: 8 patches of 768
+THREAD_VALUES = 96
 
 
 @triton.jit
-def patch_offsets(o_p, image_row, PATCH: tl.constexpr, C: tl.constexpr):
-    """Byte offsets of a patch's values, in the order (row, column, channel), from the patch's first byte."""
-    return (o_p // (PATCH * C)) * image_row + o_p % (PATCH * C)
+def tile_rows(num_rows, R: tl.constexpr):
+    """Split the first grid axis into images and tiles of R of an image's num_rows rows: image and row numbers."""
+    tiles = tl.cdiv(num_rows, R)
+    i_b = tl.program_id(0) // tiles
+    return i_b, (tl.program_id(0) - i_b * tiles) * R + tl.arange(0, R)
 
 
 @triton.jit
-def patch_start(i_b, i_patch, image_row, image_size, columns, PATCH: tl.constexpr, C: tl.constexpr):
-    """First byte of patch i_patch of image i_b (both int64)."""
-    return i_b * image_size + (i_patch // columns) * image_row * PATCH + (i_patch % columns) * (PATCH * C)
+def patch_starts(b_ids, COLUMNS: tl.constexpr, IMAGE_ROW: tl.constexpr, PATCH: tl.constexpr, C: tl.constexpr):
+    """First byte of patches within their image."""
+    return (b_ids // COLUMNS) * (IMAGE_ROW * PATCH) + (b_ids % COLUMNS) * (PATCH * C)
 
 
 @triton.jit
-def channel_affine(o_p, scale, bias, C: tl.constexpr):
-    """Spread per-channel scales and biases (tuples of C floats) over the values of a patch."""
-    b_scale = tl.zeros(o_p.shape, tl.float32)
-    b_bias = tl.zeros(o_p.shape, tl.float32)
-    for c in tl.static_range(C):
-        b_scale = tl.where(o_p % C == c, scale[c], b_scale)
-        b_bias = tl.where(o_p % C == c, bias[c], b_bias)
-    return b_scale, b_bias
+def load_patches(
+    p_image, o_start, scale, bias, IMAGE_ROW: tl.constexpr, PATCH: tl.constexpr, C: tl.constexpr, BP: tl.constexpr
+):
+    """Read the patches that start at o_start [R] of an image as scale * byte + bias: a tuple of blocks [R, BP].
+
+    What the last block holds beyond a patch has no meaning.
+    """
+    ROW: tl.constexpr = PATCH * C
+    P: tl.constexpr = PATCH * ROW
+    o_p = tl.arange(0, BP)
+    i_channel = o_p % C
+    blocks = ()
+    for first in tl.static_range(0, P, BP):
+        # 8 values a thread: 16 bytes would halve the loads but send every block through shared memory to be stored.
+        o_image = tl.max_contiguous((o_p + first) // ROW * IMAGE_ROW + (o_p + first) % ROW, 8)
+        b_bytes = tl.load(p_image + (o_start[:, None] + o_image[None, :]), mask=(o_p + first < P)[None, :], other=0)
+        blocks = blocks + (b_bytes,)
+    values = ()
+    for i in tl.static_range(len(blocks)):
+        # Value o_p of this block has channel (i_channel + i * BP) % C: one remainder serves all blocks.
+        b_scale, b_bias = tl.zeros([BP], tl.float32) + scale[i * BP % C], tl.zeros([BP], tl.float32) + bias[i * BP % C]
+        for c in tl.static_range(1, C):
+            b_scale = tl.where(i_channel == c, scale[(c + i * BP) % C], b_scale)
+            b_bias = tl.where(i_channel == c, bias[(c + i * BP) % C], b_bias)
+        values = values + (blocks[i].to(tl.float32) * b_scale[None, :] + b_bias[None, :],)
+    return values
 
 
 @triton.jit
@@ -48,11 +73,10 @@ def gather_patches_kernel(
     p_out,
     scale,
     bias,
-    num_patches,
     picked,
-    columns,
-    image_row,
-    image_size,
+    COLUMNS: tl.constexpr,
+    IMAGE_ROW: tl.constexpr,
+    IMAGE_SIZE: tl.constexpr,
     PATCH: tl.constexpr,
     C: tl.constexpr,
     BP: tl.constexpr,
@@ -60,82 +84,17 @@ def gather_patches_kernel(
 ):
     """Bytes 0..7 as a 2 x 4 image, patch 2, ids [[1]], scale 1, bias 0 give [2, 3, 6, 7]."""
     P: tl.constexpr = PATCH * PATCH * C
-    o_p = tl.arange(0, BP)
-    o_image = patch_offsets(o_p, image_row, PATCH, C)
-    b_scale, b_bias = channel_affine(o_p, scale, bias, C)
-    m_p = o_p < P
-    for r in tl.static_range(R):
-        # The last program repeats the last patch instead of masking: a constant mask keeps the loads wide.
-        i_row = tl.minimum(tl.program_id(0).to(tl.int64) * R + r, num_patches - 1)
-        i_patch = tl.load(p_ids + i_row).to(tl.int64)
-        start = patch_start(i_row // picked, i_patch, image_row, image_size, columns, PATCH, C)
-        b_bytes = tl.load(p_images + start + o_image, mask=m_p, other=0).to(tl.float32)
-        b_out = b_bytes * b_scale + b_bias
-        tl.store(p_out + i_row * P + o_p, b_out.to(p_out.dtype.element_ty), mask=m_p)
-
-
-@triton.jit
-def gather_tokens_kernel(
-    p_x,
-    p_ids,
-    p_pos,
-    p_out,
-    num_rows,
-    picked,
-    N,
-    D,
-    num_prefix,
-    HAS_POS: tl.constexpr,
-    R: tl.constexpr,
-    BD: tl.constexpr,
-):
-    """Rows [a, b, c] of one image with ids [[2, 0]] give [c, a]."""
-    o_r = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
-    o_d = tl.program_id(1) * BD + tl.arange(0, BD)
-    m_rd = (o_r < num_rows)[:, None] & (o_d < D)[None, :]
-    i_token = num_prefix + tl.load(p_ids + o_r, mask=o_r < num_rows, other=0).to(tl.int64)
-    o_x = (o_r // picked * N + i_token) * D
-    b_x = tl.load(p_x + o_x[:, None] + o_d[None, :], mask=m_rd, other=0)
-    if HAS_POS:
-        b_pos = tl.load(p_pos + (i_token * D)[:, None] + o_d[None, :], mask=m_rd, other=0)
-        b_x = (b_x.to(tl.float32) + b_pos.to(tl.float32)).to(p_out.dtype.element_ty)
-    tl.store(p_out + (o_r * D)[:, None] + o_d[None, :], b_x, mask=m_rd)
-
-
-@triton.jit
-def gather_tokens_backward_kernel(
-    p_grad,
-    p_ids,
-    p_dx,
-    num_rows,
-    picked,
-    N,
-    D,
-    num_prefix,
-    R: tl.constexpr,
-    BK: tl.constexpr,
-    BD: tl.constexpr,
-):
-    """Every row of dx looks for its id among those of its image and adds what it finds in rising order: no atomics.
-
-    ids [[2, 0]] with grad [u, v] give rows [v, 0, u]; ids [[0, 0]] give [u + v, 0, 0].
-    """
-    o_r = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
-    o_d = tl.arange(0, BD)
-    o_k = tl.arange(0, BK)
-    i_b = o_r // N
-    m_rk = (o_r < num_rows)[:, None] & (o_k < picked)[None, :]
-    b_ids = tl.load(p_ids + (i_b * picked)[:, None] + o_k[None, :], mask=m_rk, other=-1)
-    is_here = m_rk & (b_ids == (o_r % N - num_prefix)[:, None])
-    b_sum = tl.zeros([R, BD], tl.float32)
-    i_k = tl.full([R], -1, tl.int32)
-    for _ in range(tl.max(tl.sum(is_here.to(tl.int32), axis=1), axis=0)):
-        i_k = tl.min(tl.where(is_here & (o_k[None, :] > i_k[:, None]), o_k[None, :], BK), axis=1)
-        o_grad = (i_b * picked + i_k) * D
-        m_rd = (i_k < BK)[:, None] & (o_d < D)[None, :]
-        b_sum += tl.load(p_grad + o_grad[:, None] + o_d[None, :], mask=m_rd, other=0).to(tl.float32)
-    m_out = (o_r < num_rows)[:, None] & (o_d < D)[None, :]
-    tl.store(p_dx + (o_r * D)[:, None] + o_d[None, :], b_sum.to(p_dx.dtype.element_ty), mask=m_out)
+    i_b, o_r = tile_rows(picked, R)
+    m_r = o_r < picked
+    b_ids = tl.load(p_ids + (i_b * picked + o_r), mask=m_r, other=0)
+    p_image = p_images + i_b.to(tl.int64) * IMAGE_SIZE
+    o_start = patch_starts(b_ids, COLUMNS, IMAGE_ROW, PATCH, C)
+    values = load_patches(p_image, o_start, scale, bias, IMAGE_ROW, PATCH, C, BP)
+    p_rows = p_out + i_b.to(tl.int64) * picked * P
+    for i in tl.static_range(len(values)):
+        o_p = i * BP + tl.arange(0, BP)
+        b_out = values[i].to(p_out.dtype.element_ty)
+        tl.store(p_rows + (o_r[:, None] * P + o_p[None, :]), b_out, mask=m_r[:, None] & (o_p < P)[None, :])
 
 
 def channel_constants(mean_C: Sequence[float], std_C: Sequence[float]) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -144,25 +103,30 @@ def channel_constants(mean_C: Sequence[float], std_C: Sequence[float]) -> tuple[
 
 
 def image_layout(images_BHWC: Tensor, patch_size: int) -> dict[str, int]:
-    """Sizes that find a patch in a batch: patches a row, bytes a row and bytes an image."""
+    """Sizes that find a patch in a batch: patches a row, bytes a row and an image, pixels on a side, channels."""
     _, height, width, channels = images_BHWC.shape
     return {
-        "columns": width // patch_size,
-        "image_row": width * channels,
-        "image_size": height * width * channels,
-    }
-
-
-def patch_options(patch_size: int, channels: int) -> dict[str, int]:
-    """Block size and warps for a patch: 8 values a thread, one 16-byte word of bfloat16."""
-    block = max(32, triton.next_power_of_2(patch_size * patch_size * channels))
-    return {
+        "COLUMNS": width // patch_size,
+        "IMAGE_ROW": width * channels,
+        "IMAGE_SIZE": height * width * channels,
         "PATCH": patch_size,
         "C": channels,
-        "BP": block,
-        "R": PATCHES_PER_PROGRAM,
-        "num_warps": min(8, max(1, block // 256)),
     }
+
+
+def least_padding(values: int) -> int:
+    """Of the blocks of which at most eight make a row of values, the one that pads it least: 256 for 768."""
+    blocks = [b for b in (16, 32, 64, 128, 256, 512, 1024) if values <= 8 * b] or [1024]
+    return min(blocks, key=lambda b: (triton.cdiv(values, b) * b, -b))
+
+
+def patch_tile(patch_size: int, channels: int, thread_values: int = THREAD_VALUES) -> dict[str, int]:
+    """Values a block, rows and warps of a tile of patches, for at most thread_values values a thread."""
+    values = patch_size * patch_size * channels
+    block = least_padding(values)
+    rows = max(r for r in (1, 2, 4, 8, 16) if r == 1 or r * values <= TILE_VALUES)
+    threads = triton.cdiv(rows * triton.cdiv(values, block) * block, thread_values)
+    return {"BP": block, "R": rows, "num_warps": min(8, triton.next_power_of_2(triton.cdiv(threads, 32)))}
 
 
 def gather_patches(
@@ -173,71 +137,20 @@ def gather_patches(
     std_C: Sequence[float],
     out_dtype: torch.dtype,
 ) -> Tensor:
-    """Launch one program for every few patches; see reference.gather_patches."""
-    channels = images_BHWC.shape[3]
-    out = images_BHWC.new_empty(*ids_BK.shape, patch_size * patch_size * channels, dtype=out_dtype)
+    """Launch one program for every few patches of an image; see reference.gather_patches."""
+    channels, (batch, picked) = images_BHWC.shape[3], ids_BK.shape
+    out = images_BHWC.new_empty(batch, picked, patch_size * patch_size * channels, dtype=out_dtype)
     scale, bias = channel_constants(mean_C, std_C)
+    tile = patch_tile(patch_size, channels)
     with torch.cuda.device_of(images_BHWC):
-        gather_patches_kernel[(triton.cdiv(ids_BK.numel(), PATCHES_PER_PROGRAM),)](
+        gather_patches_kernel[(batch * triton.cdiv(picked, tile["R"]),)](
             p_images=images_BHWC,
             p_ids=ids_BK,
             p_out=out,
             scale=scale,
             bias=bias,
-            num_patches=ids_BK.numel(),
-            picked=ids_BK.shape[1],
-            **image_layout(images_BHWC, patch_size),
-            **patch_options(patch_size, channels),
-        )
-    return out
-
-
-def gather_tokens(x_BND: Tensor, ids_BK: Tensor, pos_ND: Tensor | None, num_prefix: int) -> Tensor:
-    """Launch one program for every tile of picked rows; see reference.gather_tokens."""
-    _, num_rows, width = x_BND.shape
-    out = x_BND.new_empty(*ids_BK.shape, width)
-    block = min(TOKEN_COLUMNS, triton.next_power_of_2(width))
-    with torch.cuda.device_of(x_BND):
-        gather_tokens_kernel[(triton.cdiv(ids_BK.numel(), TOKEN_ROWS), triton.cdiv(width, block))](
-            p_x=x_BND,
-            p_ids=ids_BK,
-            p_pos=pos_ND,
-            p_out=out,
-            num_rows=ids_BK.numel(),
-            picked=ids_BK.shape[1],
-            N=num_rows,
-            D=width,
-            num_prefix=num_prefix,
-            HAS_POS=pos_ND is not None,
-            R=TOKEN_ROWS,
-            BD=block,
-            num_warps=4,
-        )
-    return out
-
-
-def backward_options(picked: int, width: int) -> dict[str, int]:
-    """Tile of the backward pass: whole rows, as many as fit in registers beside the ids of their images."""
-    block_k, block_d = triton.next_power_of_2(picked), triton.next_power_of_2(width)
-    rows = max(1, min(8, 4096 // block_d, 1024 // block_k))
-    return {"R": rows, "BK": block_k, "BD": block_d, "num_warps": 4}
-
-
-def gather_tokens_backward(grad_BKD: Tensor, ids_BK: Tensor, num_rows: int, num_prefix: int) -> Tensor:
-    """Launch one program for every few rows of dx; see reference.gather_tokens_backward."""
-    batch, picked, width = grad_BKD.shape
-    dx = grad_BKD.new_empty(batch, num_rows, width)
-    options = backward_options(picked, width)
-    with torch.cuda.device_of(grad_BKD):
-        gather_tokens_backward_kernel[(triton.cdiv(batch * num_rows, options["R"]),)](
-            p_grad=grad_BKD,
-            p_ids=ids_BK,
-            p_dx=dx,
-            num_rows=batch * num_rows,
             picked=picked,
-            N=num_rows,
-            D=width,
-            num_prefix=num_prefix,
-            **options,
+            **image_layout(images_BHWC, patch_size),
+            **tile,
         )
-    return dx
+    return out

@@ -1,12 +1,14 @@
 """prediction, images, ids_mask -> [masked loss in Triton] -> loss and gradient. See masked_loss.py and reference.py.
 
-One program holds a whole patch at a time, so that mean, variance, error and gradient come from registers; it adds its
-few patches one after another and leaves one partial sum. The partial sums are added by one torch.sum, whose order is
+A program holds a few whole patches, most often two a warp, so that mean, variance, error and gradient come from
+registers without a barrier; it leaves one partial sum. The partial sums are added by one torch.sum, whose order is
 fixed.
 """
 
 # Kernel arguments have no Python types.
 # mypy: allow-untyped-defs, allow-incomplete-defs
+# Triton joins tuples with +, it does not unpack them.
+# ruff: noqa: RUF005
 
 from collections.abc import Sequence
 
@@ -16,18 +18,53 @@ import triton.language as tl
 from torch import Tensor
 
 from patchmill.kernels.gather_triton import (
-    PATCHES_PER_PROGRAM,
-    channel_affine,
     channel_constants,
     image_layout,
-    patch_offsets,
-    patch_options,
-    patch_start,
+    load_patches,
+    patch_starts,
+    patch_tile,
+    tile_rows,
 )
 from patchmill.kernels.reference import VARIANCE_EPS, gradient_exponent
 
 EPS = tl.constexpr(VARIANCE_EPS)
 SCALE_BLOCK = 2048
+THREAD_VALUES = 48  # prediction and target are both at hand
+
+
+@triton.jit
+def inside(b_values, i, P: tl.constexpr, BP: tl.constexpr):
+    """Block i of a patch with 0 beyond the patch's P values."""
+    if (i + 1) * BP > P:
+        b_values = tl.where((i * BP + tl.arange(0, BP) < P)[None, :], b_values, 0.0)
+    return b_values
+
+
+@triton.jit
+def normalize(blocks, b_first, P: tl.constexpr, BP: tl.constexpr, R: tl.constexpr):
+    """Subtract the mean of every patch and divide by sqrt(unbiased variance + EPS): see reference.normalize_patches.
+
+    The mean is taken of differences from the patch's first value: those of a flat patch are exactly 0, where rounding
+    errors would be multiplied by 1 / sqrt(EPS).
+    """
+    b_sum = tl.zeros([R, BP], tl.float32)
+    shifted = ()
+    for i in tl.static_range(len(blocks)):
+        b_values = inside(blocks[i] - b_first[:, None], i, P, BP)
+        b_sum += b_values
+        shifted = shifted + (b_values,)
+    b_mean = tl.sum(b_sum, axis=1) / P
+    centred = ()
+    b_squares = tl.zeros([R, BP], tl.float32)
+    for i in tl.static_range(len(blocks)):
+        b_values = inside(shifted[i] - b_mean[:, None], i, P, BP)
+        b_squares += b_values * b_values
+        centred = centred + (b_values,)
+    b_inverse = 1.0 / tl.sqrt(tl.sum(b_squares, axis=1) / (P - 1) + EPS)
+    normal = ()
+    for i in tl.static_range(len(blocks)):
+        normal = normal + (centred[i] * b_inverse[:, None],)
+    return normal
 
 
 @triton.jit
@@ -40,11 +77,10 @@ def masked_loss_kernel(
     scale,
     bias,
     grad_scale,
-    num_patches,
     picked,
-    columns,
-    image_row,
-    image_size,
+    COLUMNS: tl.constexpr,
+    IMAGE_ROW: tl.constexpr,
+    IMAGE_SIZE: tl.constexpr,
     PATCH: tl.constexpr,
     C: tl.constexpr,
     BP: tl.constexpr,
@@ -55,35 +91,34 @@ def masked_loss_kernel(
 ):
     """Target [0, 1, 2, 3] and pred [0, 1, 2, 1] add 4 to the partial sum (POWER 2) and write [0, 0, 0, -4] * s."""
     P: tl.constexpr = PATCH * PATCH * C
-    o_p = tl.arange(0, BP)
-    o_image = patch_offsets(o_p, image_row, PATCH, C)
-    b_scale, b_bias = channel_affine(o_p, scale, bias, C)
-    b_sum = tl.zeros([BP], tl.float32)
-    m_p = o_p < P
-    for r in tl.static_range(R):
-        # The last program repeats the last patch, weighing 0, instead of masking: a constant mask keeps loads wide.
-        i_wanted = tl.program_id(0).to(tl.int64) * R + r
-        i_row = tl.minimum(i_wanted, num_patches - 1)
-        weight = tl.where(i_wanted < num_patches, 1.0, 0.0)
-        b_pred = tl.load(p_pred + i_row * P + o_p, mask=m_p, other=0).to(tl.float32)
-        i_patch = tl.load(p_ids + i_row).to(tl.int64)
-        start = patch_start(i_row // picked, i_patch, image_row, image_size, columns, PATCH, C)
-        b_target = tl.load(p_images + start + o_image, mask=m_p, other=0).to(tl.float32) * b_scale + b_bias
-        if NORM_PIX:
-            mean = tl.sum(tl.where(m_p, b_target, 0.0), axis=0) / P
-            b_target = tl.where(m_p, b_target - mean, 0.0)
-            variance = tl.sum(b_target * b_target, axis=0) / (P - 1)
-            b_target = b_target / tl.sqrt(variance + EPS)
-        b_error = tl.where(m_p, b_pred - b_target, 0.0)
-        if POWER == 2:
-            b_sum += b_error * b_error * weight
-            b_slope = 2.0 * b_error
-        else:
-            b_sum += tl.abs(b_error) * weight
-            b_slope = (b_error > 0).to(tl.float32) - (b_error < 0).to(tl.float32)
+    i_b, o_r = tile_rows(picked, R)
+    m_r = o_r < picked
+    b_ids = tl.load(p_ids + (i_b * picked + o_r), mask=m_r, other=0)
+    o_rows = i_b.to(tl.int64) * picked * P
+    preds = ()
+    for first in tl.static_range(0, P, BP):
+        o_p = first + tl.arange(0, BP)
+        m_rp = m_r[:, None] & (o_p < P)[None, :]
+        preds = preds + (tl.load(p_pred + o_rows + (o_r[:, None] * P + o_p[None, :]), mask=m_rp, other=0),)
+    p_image = p_images + i_b.to(tl.int64) * IMAGE_SIZE
+    o_start = patch_starts(b_ids, COLUMNS, IMAGE_ROW, PATCH, C)
+    targets = load_patches(p_image, o_start, scale, bias, IMAGE_ROW, PATCH, C, BP)
+    if NORM_PIX:
+        targets = normalize(targets, tl.load(p_image + o_start).to(tl.float32) * scale[0] + bias[0], P, BP, R)
+    b_sum = tl.zeros([R, BP], tl.float32)
+    for i in tl.static_range(len(targets)):
+        o_p = i * BP + tl.arange(0, BP)
+        b_error = inside(preds[i].to(tl.float32) - targets[i], i, P, BP)
+        b_sum += b_error * b_error if POWER == 2 else tl.abs(b_error)
         if WITH_GRAD:
-            tl.store(p_grad + i_row * P + o_p, (b_slope * grad_scale).to(p_grad.dtype.element_ty), mask=m_p)
-    tl.store(p_partial + tl.program_id(0), tl.sum(b_sum, axis=0))
+            b_slope = b_error
+            if POWER == 1:
+                b_slope = (b_error > 0).to(tl.float32) - (b_error < 0).to(tl.float32)
+            b_grad = (b_slope * (POWER * grad_scale)).to(p_grad.dtype.element_ty)
+            m_rp = m_r[:, None] & (o_p < P)[None, :]
+            tl.store(p_grad + o_rows + (o_r[:, None] * P + o_p[None, :]), b_grad, mask=m_rp)
+    b_sums = tl.where(m_r, tl.sum(b_sum, axis=1), 0.0)
+    tl.store(p_partial + tl.program_id(0), tl.sum(b_sums, axis=0))
 
 
 @triton.jit
@@ -107,8 +142,10 @@ def masked_loss(
     power: int,
     with_grad: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Launch one program for every few masked patches, then add their sums; see reference.masked_loss."""
-    num_programs = triton.cdiv(ids_mask_BM.numel(), PATCHES_PER_PROGRAM)
+    """Launch one program for every few masked patches of an image, then add their sums; see reference.masked_loss."""
+    batch, picked = ids_mask_BM.shape
+    tile = patch_tile(patch_size, images_BHWC.shape[3], THREAD_VALUES)
+    num_programs = batch * triton.cdiv(picked, tile["R"])
     partial = pred_BMP.new_empty(num_programs, dtype=torch.float32)
     grad = torch.empty_like(pred_BMP) if with_grad else pred_BMP.new_empty(0)
     scale, bias = channel_constants(mean_C, std_C)
@@ -122,10 +159,9 @@ def masked_loss(
             scale=scale,
             bias=bias,
             grad_scale=2.0 ** gradient_exponent(pred_BMP.numel()) / pred_BMP.numel(),
-            num_patches=ids_mask_BM.numel(),
-            picked=ids_mask_BM.shape[1],
+            picked=picked,
             **image_layout(images_BHWC, patch_size),
-            **patch_options(patch_size, images_BHWC.shape[3]),
+            **tile,
             NORM_PIX=norm_pix,
             POWER=power,
             WITH_GRAD=with_grad,

@@ -1,28 +1,31 @@
 """encoder tokens, ids_restore -> [unshuffle in Triton] -> decoder tokens. See unshuffle.py and reference.py.
 
-A program owns a tile of token rows and columns and walks through a few images with it, so that the tile's positions are
-read once for all of them.
+A program owns a tile of token rows and columns and takes it from a few images, whose loads all come before the first
+store; the tile's positions are read once for all of them.
 """
 
 # Kernel arguments have no Python types.
 # mypy: allow-untyped-defs, allow-incomplete-defs
+# Triton joins tuples with +, it does not unpack them.
+# ruff: noqa: RUF005
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-TILE_ROWS, TILE_COLUMNS, TILE_IMAGES = 8, 256, 8
+from patchmill.kernels.tokens_triton import token_tile
+
+TILE_ROWS, TILE_IMAGES = 4, 8  # a warp has one row of a tile, and the tokens of eight images under way
 
 
 @triton.jit
-def token_rows(p_ids_restore, i_b, o_j, m_j, K, L, num_prefix):
-    """Find for each decoder row whether it holds an encoder token, and in which row of that image's tokens."""
+def token_rows(p_ids_restore, i_b, o_j, m_j, B, K, L, num_prefix):
+    """Find for each decoder row of image i_b whether it holds an encoder token, and in which row of its tokens."""
     is_prefix = o_j < num_prefix
-    o_restore = i_b * L + (o_j - num_prefix)
-    b_place = tl.load(p_ids_restore + o_restore, mask=m_j & (o_j >= num_prefix), other=0)
-    i_token = tl.where(is_prefix, o_j, num_prefix + b_place)
-    return m_j & (is_prefix | (b_place < K)), i_token.to(tl.int64)
+    m_j = m_j & (i_b < B)
+    b_place = tl.load(p_ids_restore + i_b * L + (o_j - num_prefix), mask=m_j & (o_j >= num_prefix), other=0)
+    return m_j & (is_prefix | (b_place < K)), tl.where(is_prefix, o_j, num_prefix + b_place)
 
 
 @triton.jit
@@ -42,22 +45,26 @@ def unshuffle_kernel(
     IMAGES: tl.constexpr,
 ):
     """Tokens [c, k], one of them a prefix, ids_restore [1, 0, 2] and mask token m give [c, m, k, m], plus positions."""
+    N_in, N_out = num_prefix + K, num_prefix + L
     o_j = tl.program_id(0) * R + tl.arange(0, R)
     o_e = tl.program_id(1) * BE + tl.arange(0, BE)
-    N_out = num_prefix + L
     m_j, m_e = o_j < N_out, o_e < E
     m_je = m_j[:, None] & m_e[None, :]
-    b_pos = tl.load(p_pos + (o_j.to(tl.int64) * E)[:, None] + o_e[None, :], mask=m_je, other=0).to(tl.float32)
-    b_token = tl.load(p_mask_token + o_e, mask=m_e, other=0).to(tl.float32)
-    b_masked = b_pos + b_token[None, :]
-    i_first = tl.program_id(2).to(tl.int64) * IMAGES
-    for i_b in range(i_first, tl.minimum(i_first + IMAGES, B)):
-        is_token, i_token = token_rows(p_ids_restore, i_b, o_j, m_j, K, L, num_prefix)
-        o_x = (i_b * (num_prefix + K) + i_token) * E
-        b_x = tl.load(p_x + o_x[:, None] + o_e[None, :], mask=is_token[:, None] & m_e[None, :], other=0)
+    o_je = o_j[:, None] * E + o_e[None, :]
+    i_first = tl.program_id(2) * IMAGES
+    loaded = ()
+    for i in tl.static_range(IMAGES):
+        is_token, i_token = token_rows(p_ids_restore, i_first + i, o_j, m_j, B, K, L, num_prefix)
+        p_tokens = p_x + (i_first + i).to(tl.int64) * N_in * E
+        m_x = is_token[:, None] & m_e[None, :]
+        loaded = loaded + ((is_token, tl.load(p_tokens + (i_token[:, None] * E + o_e[None, :]), mask=m_x, other=0)),)
+    b_pos = tl.load(p_pos + o_je, mask=m_je, other=0).to(tl.float32)
+    b_masked = b_pos + tl.load(p_mask_token + o_e, mask=m_e, other=0).to(tl.float32)[None, :]
+    for i in tl.static_range(IMAGES):
+        is_token, b_x = loaded[i]
         b_out = tl.where(is_token[:, None], b_x.to(tl.float32) + b_pos, b_masked)
-        o_out = (i_b * N_out + o_j) * E
-        tl.store(p_out + o_out[:, None] + o_e[None, :], b_out.to(p_out.dtype.element_ty), mask=m_je)
+        p_rows = p_out + (i_first + i).to(tl.int64) * N_out * E
+        tl.store(p_rows + o_je, b_out.to(p_out.dtype.element_ty), mask=m_je & (i_first + i < B))
 
 
 @triton.jit
@@ -76,28 +83,31 @@ def unshuffle_backward_kernel(
     IMAGES: tl.constexpr,
 ):
     """Grad [s, t, u, v] of the example above gives dx [s, u] and a mask token's share of t + v."""
+    N_in, N_out = num_prefix + K, num_prefix + L
     o_j = tl.program_id(0) * R + tl.arange(0, R)
     o_e = tl.program_id(1) * BE + tl.arange(0, BE)
-    N_out = num_prefix + L
     m_j, m_e = o_j < N_out, o_e < E
     m_je = m_j[:, None] & m_e[None, :]
+    i_first = tl.program_id(2) * IMAGES
+    loaded = ()
+    for i in tl.static_range(IMAGES):
+        p_rows = p_grad + (i_first + i).to(tl.int64) * N_out * E
+        b_grad = tl.load(p_rows + (o_j[:, None] * E + o_e[None, :]), mask=m_je & (i_first + i < B), other=0)
+        loaded = loaded + (token_rows(p_ids_restore, i_first + i, o_j, m_j, B, K, L, num_prefix) + (b_grad,),)
     b_sum = tl.zeros([R, BE], tl.float32)
-    i_first = tl.program_id(2).to(tl.int64) * IMAGES
-    for i_b in range(i_first, tl.minimum(i_first + IMAGES, B)):
-        is_token, i_token = token_rows(p_ids_restore, i_b, o_j, m_j, K, L, num_prefix)
-        o_grad = (i_b * N_out + o_j) * E
-        b_grad = tl.load(p_grad + o_grad[:, None] + o_e[None, :], mask=m_je, other=0)
-        o_dx = (i_b * (num_prefix + K) + i_token) * E
-        tl.store(p_dx + o_dx[:, None] + o_e[None, :], b_grad, mask=is_token[:, None] & m_e[None, :])
+    for i in tl.static_range(IMAGES):
+        is_token, i_token, b_grad = loaded[i]
+        p_tokens = p_dx + (i_first + i).to(tl.int64) * N_in * E
+        tl.store(p_tokens + (i_token[:, None] * E + o_e[None, :]), b_grad, mask=is_token[:, None] & m_e[None, :])
         b_sum += tl.where(is_token[:, None], 0.0, b_grad.to(tl.float32))
-    i_partial = tl.program_id(2).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
-    tl.store(p_partial + i_partial * E + o_e, tl.sum(b_sum, axis=0), mask=m_e)
+    i_partial = tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)
+    tl.store(p_partial + i_partial.to(tl.int64) * E + o_e, tl.sum(b_sum, axis=0), mask=m_e)
 
 
 def tile_options(width: int) -> dict[str, int]:
-    """Tile of both directions: 16 values a thread and image."""
-    block = min(TILE_COLUMNS, triton.next_power_of_2(width))
-    return {"R": TILE_ROWS, "BE": block, "IMAGES": TILE_IMAGES, "num_warps": 4}
+    """Tile of both directions: 8 values a thread and image."""
+    block = token_tile(width)["BD"]
+    return {"R": TILE_ROWS, "BE": block, "IMAGES": TILE_IMAGES, "num_warps": max(1, block // 64)}
 
 
 def tile_grid(batch: int, num_rows: int, width: int) -> tuple[int, int, int]:

@@ -16,13 +16,14 @@ from tests.support import stub_driver
 
 EXPECTED = {
     "mask_indices_kernel": ["4 1 1 of 32", "4 1 1 of 128"],
-    "gather_patches_kernel": ["49 1 1 of 128"],
-    "masked_loss_kernel": ["147 1 1 of 128"],
+    "gather_patches_kernel": ["28 1 1 of 64"],
+    "masked_loss_kernel": ["76 1 1 of 128"],
     "scale_kernel": ["221 1 1 of 128"],
-    "gather_tokens_kernel": ["37 2 1 of 128", "37 2 1 of 128"],
-    "gather_tokens_backward_kernel": ["197 1 1 of 128"],
-    "unshuffle_kernel": ["25 2 1 of 128"],
-    "unshuffle_backward_kernel": ["25 2 1 of 128"],
+    "gather_tokens_kernel": ["40 2 1 of 128", "40 2 1 of 128"],
+    "invert_ids_kernel": ["4 1 1 of 128"],
+    "gather_tokens_backward_kernel": ["52 2 1 of 128"],
+    "unshuffle_kernel": ["50 2 1 of 128"],
+    "unshuffle_backward_kernel": ["50 2 1 of 128"],
 }
 
 

@@ -75,7 +75,7 @@ def launch_all() -> None:
     from triton.backends.compiler import GPUTarget
     from triton.backends.nvidia.driver import CudaDriver, CudaLauncher, CudaUtils
 
-    from patchmill.kernels import gather_triton, masked_loss_triton, permute_triton, unshuffle_triton
+    from patchmill.kernels import gather_triton, masked_loss_triton, permute_triton, tokens_triton, unshuffle_triton
 
     class StubDriver(CudaDriver):  # type: ignore[misc]
         def __init__(self) -> None:
@@ -101,9 +101,9 @@ def launch_all() -> None:
     positions = torch.zeros(197, 512)
     masked_loss_triton.masked_loss(pred, images, mask, 16, *statistics, True, 2, True)
     masked_loss_triton.masked_loss_backward(torch.tensor(1.0), pred)
-    gather_triton.gather_tokens(tokens, mask, None, 1)
-    gather_triton.gather_tokens(tokens, mask, positions, 1)
-    gather_triton.gather_tokens_backward(tokens[:, :147].contiguous(), mask, 197, 1)
+    tokens_triton.gather_tokens(tokens, mask, None, 1)
+    tokens_triton.gather_tokens(tokens, mask, positions, 1)
+    tokens_triton.gather_tokens_backward(tokens[:, :147].contiguous(), mask, 197, 1)
     unshuffle_triton.unshuffle(tokens[:, :50].contiguous(), torch.zeros(512), positions, restore, 1)
     unshuffle_triton.unshuffle_backward(tokens, restore, 49, 1)
 
