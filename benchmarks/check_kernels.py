@@ -22,10 +22,12 @@ import torch
 from torch import Tensor
 
 from benchmarks import published_operators as published
+from patchmill.kernels.add_norm import add_norm
 from patchmill.kernels.gather import gather_patches, gather_tokens
 from patchmill.kernels.masked_loss import masked_l1, masked_mse
 from patchmill.kernels.permute import mask_indices
 from patchmill.kernels.philox import STREAM_MASK, draw_numpy
+from patchmill.kernels.short_attention import short_attention
 from patchmill.kernels.unshuffle import unshuffle
 
 MEAN, STD = (0.485, 0.456, 0.406, 0.3, 0.5, 0.5, 0.5, 0.5), (0.229, 0.224, 0.225, 0.2, 0.25, 0.25, 0.25, 0.25)
@@ -265,6 +267,56 @@ def check_masked_loss(case: Case, dtype: torch.dtype, device: str, power: int = 
     assert_equal(name + "loss without gradient", without_grad, found)
 
 
+def check_add_norm(rows: int, width: int, dtype: torch.dtype, device: str) -> None:
+    """Sum, norm and gradients equal those of an addition and PyTorch's LayerNorm, of the sum as it was rounded."""
+    name = f"add_norm, {rows} x {width}: "
+    leaves = [torch.randn(rows, width, device=device).to(dtype).requires_grad_() for _ in range(2)]
+    leaves += [torch.randn(width, device=device).requires_grad_() for _ in range(2)]
+    x, delta, weight, bias = (leaf.detach().double().requires_grad_() for leaf in leaves)
+    grads = [torch.randn(rows, width, device=device).to(dtype) for _ in range(2)]
+    found = add_norm(*leaves)
+    torch.autograd.backward(found, grads)
+    total = x + delta
+    rounded = total + (found[0].double() - total).detach()
+    norm = torch.nn.functional.layer_norm(rounded, (width,), weight, bias, 1e-6)
+    torch.autograd.backward((rounded, norm), [grad.double() for grad in grads])
+    assert_close(name + "sum", found[0], total)
+    assert_close(name + "norm", found[1], norm)
+    for part, leaf, exact in zip(("dx", "ddelta", "dweight", "dbias"), leaves, (x, delta, weight, bias), strict=True):
+        assert_close(name + part, leaf.grad, grad_of(exact), _sum_tolerance(leaf.dtype))
+
+
+def check_short_attention(tokens: int, heads: int, width: int, dtype: torch.dtype, device: str) -> None:
+    """Output and gradient equal those of scaled_dot_product_attention in float64.
+
+    Products take 16-bit weights and 16-bit gradients of scores: two roundings more than the result's.
+    """
+    qkv = torch.randn(2, tokens, 3, heads, width, device=device).to(dtype).requires_grad_()
+    grad = torch.randn(2, tokens, heads, width, device=device).to(dtype)
+    exact = qkv.detach().double().requires_grad_()
+    found = short_attention(qkv)
+    found.backward(grad)
+    expected = torch.nn.functional.scaled_dot_product_attention(*exact.permute(2, 0, 3, 1, 4)).transpose(1, 2)
+    expected.backward(grad.double())
+    name, tolerance = f"short_attention, {tokens} tokens, {heads} x {width}: ", 3 * _sum_tolerance(dtype)
+    assert_close(name + "out", found, expected, tolerance)
+    assert_close(name + "dqkv", qkv.grad, grad_of(exact), tolerance)
+
+
+def check_candidates(device: str) -> int:
+    """Run the checks of the candidates at the sizes of the models; returns how many ran. For GPUs."""
+    norms = [(513, width) for width in (512, 768, 1280)]
+    heads = [(50, 12, 64), (65, 3, 32), (197, 16, 32), (197, 3, 64), (257, 4, 32)]
+    with poisoned_empty():
+        for rows, width in norms:
+            for dtype in DTYPES:
+                check_add_norm(rows, width, dtype, device)
+        for tokens, number, width in heads:
+            for dtype in (torch.bfloat16, torch.float16):
+                check_short_attention(tokens, number, width, dtype, device)
+    return len(norms) * len(DTYPES) + 2 * len(heads)
+
+
 def check_large_offsets(device: str) -> None:
     """Batches of more than 2**31 bytes and values: offsets that wrap would read and write another image. For GPUs."""
     batch, statistics = 20_000, (16, MEAN[:3], STD[:3])
@@ -307,25 +359,33 @@ def check_no_host_sync(device: str) -> None:
 CASE_CHECKS = (check_gather_patches, check_gather_tokens, check_unshuffle, check_masked_loss)
 
 
+# Every launch with other sizes or dtypes is a kernel to compile, which is what a check on a GPU waits for. So each case
+# runs in one dtype, the published one in all, and the other losses on the published case and one that pads its patches.
+COVERING = (
+    *((CASES[0], dtype) for dtype in DTYPES),
+    *((case, DTYPES[i % 3]) for i, case in enumerate((*CASES[1:], MANY_PATCHES))),
+)
+OTHER_LOSSES = ((2, False), (1, True), (1, False))
+
+
 def check_all(device: str) -> int:
-    """Run every check on a device with poisoned outputs; returns how many ran.
+    """Run a covering set of the checks on a device with poisoned outputs; returns how many ran.
 
     Raises:
         AssertionError: the first difference found.
     """
     torch.manual_seed(0)
-    count = 0
     with poisoned_empty():
         check_mask_indices(device)
-        for case in (*CASES, MANY_PATCHES):
-            for dtype in DTYPES:
-                for check in CASE_CHECKS:
-                    check(case, dtype, device)
-                for power, norm_pix in ((2, False), (1, True), (1, False)):
-                    check_masked_loss(case, dtype, device, power, norm_pix)
-                count += len(CASE_CHECKS) + 3
+        for case, dtype in COVERING:
+            for check in CASE_CHECKS:
+                check(case, dtype, device)
+        for power, norm_pix in OTHER_LOSSES:
+            for case, dtype in ((CASES[0], torch.bfloat16), (CASES[3], torch.float32)):
+                check_masked_loss(case, dtype, device, power, norm_pix)
+        count = 1 + len(COVERING) * len(CASE_CHECKS) + 2 * len(OTHER_LOSSES)
     if device.startswith("cuda"):
         check_no_host_sync(device)
         check_large_offsets(device)
         count += 2
-    return count + 1
+    return count

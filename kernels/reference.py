@@ -240,3 +240,46 @@ def masked_loss_backward(grad_loss: Tensor, scaled_grad_BMP: Tensor) -> Tensor:
     """Turn what the forward pass stored into the gradient of pred: `[B, M, P]`."""
     factor = grad_loss * 2.0 ** -gradient_exponent(scaled_grad_BMP.numel())
     return (scaled_grad_BMP.to(factor.dtype) * factor).to(scaled_grad_BMP.dtype)
+
+
+def add_norm(
+    x_ND: Tensor, delta_ND: Tensor, weight_D: Tensor, bias_D: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return x + delta, its LayerNorm in delta's dtype, and mean and 1 / deviation of its rows: see add_norm.py."""
+    dtype = compute_dtype(x_ND.dtype)
+    total = (x_ND.to(dtype) + delta_ND.to(dtype)).to(x_ND.dtype)
+    norm, mean, rstd = torch.native_layer_norm(
+        total.to(dtype), (x_ND.shape[1],), weight_D.to(dtype), bias_D.to(dtype), eps
+    )
+    return total, norm.to(delta_ND.dtype), mean.flatten(), rstd.flatten()
+
+
+def add_norm_backward(
+    grad_sum_ND: Tensor, grad_norm_ND: Tensor, total_ND: Tensor, weight_D: Tensor, mean_N: Tensor, rstd_N: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradient of both addends, and those of weight and bias in the compute dtype."""
+    dtype, rows = mean_N.dtype, (mean_N[:, None], rstd_N[:, None])
+    weight_D = weight_D.to(dtype)
+    dx, dweight, dbias = torch.ops.aten.native_layer_norm_backward(
+        grad_norm_ND.to(dtype), total_ND.to(dtype), (len(weight_D),), *rows, weight_D, weight_D, [True, True, True]
+    )
+    return dx.add_(grad_sum_ND).to(total_ND.dtype), dweight, dbias
+
+
+def short_attention(qkv: Tensor) -> tuple[Tensor, Tensor]:
+    """Return softmax attention `[B, N, H, d]` of qkv `[B, N, 3, H, d]`, and log(sum(exp(scores))) `[B, H, N]`."""
+    q, k, v = qkv.to(compute_dtype(qkv.dtype)).permute(2, 0, 3, 1, 4)
+    scores = q @ k.mT * q.shape[-1] ** -0.5
+    return (scores.softmax(-1) @ v).transpose(1, 2).contiguous().to(qkv.dtype), scores.logsumexp(-1)
+
+
+def short_attention_backward(grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor) -> Tensor:
+    """Return the gradient of qkv: `[B, N, 3, H, d]`."""
+    dtype, scale = lse.dtype, qkv.shape[-1] ** -0.5
+    q, k, v = qkv.to(dtype).permute(2, 0, 3, 1, 4)
+    dout, out = grad.to(dtype).transpose(1, 2), out.to(dtype).transpose(1, 2)
+    weights = (q @ k.mT * scale - lse[..., None]).exp()
+    dscores = weights * (dout @ v.mT - (dout * out).sum(-1, keepdim=True)) * scale
+    return (
+        torch.stack((dscores @ k, dscores.mT @ q, weights.mT @ dout)).permute(1, 3, 0, 2, 4).contiguous().to(qkv.dtype)
+    )

@@ -10,9 +10,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks import check_kernels
 from benchmarks.check_kernels import CASE_CHECKS, CASES, DTYPES, MANY_PATCHES
 from patchmill.kernels import backend
+from patchmill.kernels.add_norm import add_norm
 from patchmill.kernels.gather import gather_patches, gather_tokens
 from patchmill.kernels.masked_loss import masked_l1, masked_mse
 from patchmill.kernels.permute import mask_indices
+from patchmill.kernels.short_attention import short_attention
 from patchmill.kernels.unshuffle import unshuffle
 
 ops = torch.ops.patchmill
@@ -50,6 +52,21 @@ def test_operator_equals_the_published_formulation(check, case, dtype):
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_other_losses(case, power, norm_pix):
     check_kernels.check_masked_loss(case, torch.float32, "cpu", power, norm_pix)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_candidates_equal_pytorch(dtype):
+    check_kernels.check_add_norm(67, 48, dtype, "cpu")
+    check_kernels.check_short_attention(21, 3, 32, dtype, "cpu")
+
+
+def test_candidates_examples():
+    total, norm = add_norm(torch.tensor([[1.0, 2.0]]), torch.tensor([[1.0, 4.0]]), torch.ones(2), torch.zeros(2))
+    assert total.tolist() == [[2, 6]]
+    torch.testing.assert_close(norm, torch.tensor([[-1.0, 1.0]]))
+    qkv = torch.zeros(1, 2, 3, 1, 32)
+    qkv[0, :, 2] = torch.tensor([1.0, 3.0])[:, None, None]
+    torch.testing.assert_close(short_attention(qkv), torch.full((1, 2, 1, 32), 2.0))
 
 
 def test_gather_patches_example():
@@ -123,6 +140,18 @@ def operator_calls():
         "unshuffle_backward": (torch.randn(2, 7, 5), restore, 2, 1),
         "masked_loss": (pred, images, mask, 4, list(MEAN), list(STD), True, 2, True),
         "masked_loss_backward": (torch.tensor(0.5), stored),
+        **candidate_calls(),
+    }
+
+
+def candidate_calls():
+    rows, width, row = torch.randn(3, 6, requires_grad=True), torch.ones(6, requires_grad=True), torch.ones(3)
+    qkv, out = torch.randn(1, 4, 3, 2, 32, requires_grad=True), torch.randn(1, 4, 2, 32)
+    return {
+        "add_norm": (rows, torch.randn(3, 6, requires_grad=True), width, torch.zeros(6, requires_grad=True), 1e-6),
+        "add_norm_backward": (rows.detach(), rows.detach(), rows.detach(), width.detach(), row, row),
+        "short_attention": (qkv,),
+        "short_attention_backward": (out, qkv.detach(), out, torch.randn(1, 2, 4)),
     }
 
 
@@ -163,9 +192,16 @@ def test_the_flop_counter_lists_the_operators():
     with FlopCounterMode(display=False) as counter:
         model_like(images, torch.tensor([5, 6]), x, token, pos).backward()
     counts = {str(op): flops for op, flops in counter.get_flop_counts()["Global"].items()}
-    listed = {f"patchmill.{name}" for name in operator_calls()}
+    listed = {f"patchmill.{name}" for name in operator_calls().keys() - candidate_calls().keys()}
     assert listed <= counts.keys()
     assert not any(counts[name] for name in listed)
+
+
+def test_the_flop_counter_knows_the_products_of_attention():
+    qkv = torch.randn(2, 5, 3, 4, 32, requires_grad=True)
+    with FlopCounterMode(display=False) as counter:
+        short_attention(qkv).sum().backward()
+    assert counter.get_total_flops() == (2 + 5) * 2 * 2 * 4 * 5 * 5 * 32
 
 
 def test_bad_arguments_are_named():
@@ -189,6 +225,10 @@ def test_bad_arguments_are_named():
         (ValueError, "must hold 0 to 6 patches", unshuffle, torch.randn(2, 9, 5), token, pos, restore, 1),
         (ValueError, r"pred must be \(2, 4, 48\)", masked_mse, torch.randn(2, 3, 48), images, mask, 4, MEAN, STD, True),
         (ValueError, "ids_mask is empty", masked_mse, torch.randn(2, 0, 48), images, no_ids, 4, MEAN, STD, True),
+        (ValueError, r"delta must be \(2, 3\) like x", add_norm, torch.ones(2, 3), torch.ones(2, 4), token, token),
+        (ValueError, "weight must have the width of x, 3", add_norm, torch.ones(2, 3), torch.ones(2, 3), token, token),
+        (ValueError, "at most 264 tokens", short_attention, torch.ones(1, 265, 3, 1, 32)),
+        (ValueError, r"qkv must be \[B, N, 3, heads, d\]", short_attention, torch.ones(1, 4, 2, 1, 32)),
         (TypeError, "sample_ids must be one of torch.int64", mask_indices, 0, 0, keep[0], 6, 2),
         (ValueError, "num_patches must be 1 to 4096", mask_indices, 0, 0, torch.tensor([1]), 5000, 2),
         (ValueError, "num_keep must be 1 to num_patches = 6", mask_indices, 0, 0, torch.tensor([1]), 6, 7),

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from benchmarks import check_kernels
-from benchmarks.check_kernels import CASE_CHECKS, CASES, DTYPES, MANY_PATCHES
+from benchmarks.check_kernels import CASE_CHECKS, CASES, COVERING, OTHER_LOSSES
 
 pytestmark = pytest.mark.gpu
 
@@ -14,13 +14,20 @@ def _seed():
     torch.manual_seed(0)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", [*CASES, MANY_PATCHES], ids=lambda case: case.name)
+@pytest.mark.parametrize(("case", "dtype"), COVERING, ids=lambda value: getattr(value, "name", str(value)))
 def test_operators_equal_the_published_formulation(case, dtype):
     for check in CASE_CHECKS:
         check(case, dtype, "cuda")
-    for power, norm_pix in ((2, False), (1, True), (1, False)):
-        check_kernels.check_masked_loss(case, dtype, "cuda", power, norm_pix)
+
+
+@pytest.mark.parametrize(("power", "norm_pix"), OTHER_LOSSES)
+def test_other_losses(power, norm_pix):
+    check_kernels.check_masked_loss(CASES[0], torch.bfloat16, "cuda", power, norm_pix)
+    check_kernels.check_masked_loss(CASES[3], torch.float32, "cuda", power, norm_pix)
+
+
+def test_candidates_equal_pytorch():
+    check_kernels.check_candidates("cuda")
 
 
 def test_mask_indices_equal_those_of_numpy():
