@@ -163,7 +163,7 @@ def key_blocks(num_tokens: int) -> tuple[int, int]:
 
 
 def attention_options(qkv: Tensor, is_backward: bool) -> dict[str, float]:
-    """Sizes and tile of both directions: heads that fill a 128-byte line of 16-bit values, queries that do not spill."""
+    """Sizes and tile of both directions: heads that fill a 128-byte line of 16-bit values, queries that fit."""
     _, N, _, H, d = qkv.shape
     keys_a, keys_b = key_blocks(N)
     queries, warps = 64, 4

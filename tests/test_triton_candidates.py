@@ -37,7 +37,7 @@ LIMITS = {
     "add_norm, 768": (norm_launches, (768,), (740, 128, 0, 4096), (1190, 168, 0, 16384)),
     "attention, 50 x 64": (attention_launches, (50, 12, 64), (930, 128, 0, 32768), (980, 255, 0, 49152)),
     "attention, 197 x 32": (attention_launches, (197, 16, 32), (1610, 255, 32, 49152), (1120, 184, 0, 65536)),
-    "attention, 257 x 32": (attention_launches, (257, 16, 32), (0, 0, 0, 0), (0, 0, 0, 0)),
+    "attention, 257 x 32": (attention_launches, (257, 16, 32), (1580, 255, 40, 49152), (1000, 184, 0, 65536)),
 }
 
 
