@@ -1,4 +1,4 @@
-"""operators -> [check_kernels] -> silence, or an AssertionError that says what differs.
+"""Checks every operator against its reference: silence, or an AssertionError that says what differs.
 
 Each check compares an operator, and its gradients, with the published formulation in float64 on fresh random inputs.
 The same checks serve the CPU path, Triton's interpreter and a GPU; they need torch and numpy alone (a GPU machine may

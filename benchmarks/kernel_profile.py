@@ -1,4 +1,4 @@
-"""a step -> [kernel_profile] -> what its time on the GPU goes to, by kind of work and by kernel.
+"""Splits a step's time on the GPU by kind of work and by kernel.
 
 Kernels are sorted by their names; matrix products, whose kernels do not tell, are given to encoder or decoder by the
 shapes of the operator that launched them. Times are the device's own: gaps between kernels show as the difference from

@@ -1,4 +1,4 @@
-"""residual stream, a branch's output -> [add_norm] -> their sum, and its LayerNorm.
+"""Adds a branch's output to the residual stream and normalises the sum, in one pass.
 
 A candidate: no model uses it. `benchmarks.bench_kernels --candidates` times it against torch.compile on a GPU, which
 decides whether it stays. Where eager PyTorch reads and writes the sum, its norm and both gradients in four kernels,

@@ -1,4 +1,4 @@
-"""residual stream, a branch's output -> [add_norm in Triton] -> sum and norm, and back. See add_norm.py, reference.py.
+"""Adds and normalises in Triton, forward and backward. See add_norm.py and reference.py.
 
 A warp holds whole rows in blocks that fit the width, so that sums need no barrier.
 """

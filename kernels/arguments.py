@@ -1,4 +1,4 @@
-"""public function -> [arguments] -> operator: what every operator asks of its tensors, checked without a device sync.
+"""Checks the tensors that operators are given, without waiting for the device.
 
 The values of ids are not checked (that would wait for the device): they must lie in [0, L).
 """

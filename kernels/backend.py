@@ -1,4 +1,4 @@
-"""operator -> [backend] -> Triton kernel or plain PyTorch.
+"""Chooses Triton kernels or plain PyTorch for an operator.
 
 CUDA tensors take the Triton kernels; tensors on any other device, and float64 everywhere (it serves gradient checks),
 take the plain PyTorch of reference.py. PATCHMILL_KERNELS=triton|reference chooses by hand; with TRITON_INTERPRET=1 as

@@ -1,4 +1,4 @@
-"""images, ids -> [gather] -> visible patches -> encoder; and tokens, ids -> [gather] -> tokens.
+"""Gathers visible patches from images, normalised on the way, and tokens from tokens.
 
 gather_patches reads the bytes of the visible patches alone, straight from the uint8 NHWC batch, and writes them
 normalised, in the published patch order and the dtype of the patch embedding's matrix product: no float image and no

@@ -1,4 +1,4 @@
-"""images, ids -> [gather in Triton] -> patches. See gather.py for the operator and reference.py.
+"""Gathers patches in Triton. See gather.py and reference.py.
 
 A program takes a tile of rows of one image: its first byte is a 64-bit offset, all arithmetic within the image is
 32-bit. Loads come before the first store, since the compiler moves no load over a store.

@@ -1,4 +1,4 @@
-"""prediction, images, ids_mask -> [masked_loss] -> loss, and its gradient in the same pass.
+"""Computes the loss on masked patches, and its gradient in the same pass.
 
 The published loss makes a target of every patch, normalises it, squares the error of every patch, and then multiplies
 by the mask. Here the bytes of the masked patches are read straight from the images, their mean and variance are taken

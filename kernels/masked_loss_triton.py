@@ -1,4 +1,4 @@
-"""prediction, images, ids_mask -> [masked loss in Triton] -> loss and gradient. See masked_loss.py and reference.py.
+"""Computes the masked loss and its gradient in Triton. See masked_loss.py and reference.py.
 
 A program holds a few whole patches, most often two a warp, so that mean, variance, error and gradient come from
 registers without a barrier; it leaves one partial sum. The partial sums are added by one torch.sum, whose order is

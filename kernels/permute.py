@@ -1,4 +1,4 @@
-"""seed, epoch, samples -> [permute] -> ids_keep, ids_mask, ids_restore -> gather, unshuffle, masked loss.
+"""Draws the random order of each image's patches: ids_keep, ids_mask and ids_restore.
 
 MAE's random mask is a random order of the patches: the first K are kept, the rest are masked. The published code sorts
 uniform noise twice over the batch; here every image's keys are a pure function of (seed, epoch, sample, repeat), sorted

@@ -1,5 +1,4 @@
-"""seed, epoch, samples -> [permute in Triton] -> ids: one program draws, sorts, splits and inverts the order of an
-image.
+"""Draws the order of patches in Triton: one program draws, sorts, splits and inverts the order of an image.
 
 The keys never leave registers. See permute.py for the operator and reference.mask_keys for the keys' layout.
 """

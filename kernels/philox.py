@@ -1,4 +1,4 @@
-"""seed, epoch, sample -> [philox] -> crops, flips, masks, epoch order.
+"""Draws random words as a pure function of seed and counters (Philox-4x32-10): crops, flips, masks, epoch order.
 
 Philox-4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011) is a keyed bijection on 128-bit
 counters. It has no state: the four words of counter (c0, c1, c2, c3) under a key are the same wherever and whenever

@@ -1,4 +1,4 @@
-"""counters -> [philox in Triton] -> random words in registers: the device form of philox.py, with equal bits."""
+"""Draws Philox words in registers, in Triton, with the same bits as philox.py."""
 
 # Kernel arguments have no Python types.
 # mypy: allow-untyped-defs, allow-incomplete-defs

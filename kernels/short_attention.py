@@ -1,4 +1,4 @@
-"""packed queries, keys and values -> [short_attention] -> what every head attends to, packed by head.
+"""Computes attention of short sequences on packed queries, keys and values.
 
 A candidate: no model uses it. `benchmarks.bench_kernels --candidates` times it against the backends of
 scaled_dot_product_attention on a GPU, which decides whether it stays. It reads the output of the `qkv` matrix and

@@ -1,4 +1,4 @@
-"""packed queries, keys, values -> [attention in Triton] -> output, and back. See short_attention.py and reference.py.
+"""Computes short attention in Triton, forward and backward. See short_attention.py and reference.py.
 
 The keys of a head are held in two blocks that pad them little: 197 as 128 + 128, 65 as 64 + 16, 257 as 256 + 16.
 """

@@ -1,4 +1,4 @@
-"""tokens, ids -> [gather in Triton] -> tokens, and back. See gather.py for the operators and reference.py.
+"""Gathers tokens in Triton, forward and backward. See gather.py and reference.py.
 
 The backward pass first inverts the ids, then gathers: every row of dx is written once, from its place among the ids.
 """

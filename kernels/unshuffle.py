@@ -1,4 +1,4 @@
-"""encoder tokens, ids_restore -> [unshuffle] -> decoder tokens.
+"""Puts encoder tokens and mask tokens back into image order and adds positions.
 
 The decoder sees every patch again: kept ones as the encoder left them, masked ones as one learned token, each with its
 position. The published code repeats the mask token, concatenates, gathers and adds; here one pass writes each row once.

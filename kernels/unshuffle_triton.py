@@ -1,4 +1,4 @@
-"""encoder tokens, ids_restore -> [unshuffle in Triton] -> decoder tokens. See unshuffle.py and reference.py.
+"""Unshuffles tokens in Triton, forward and backward. See unshuffle.py and reference.py.
 
 A program owns a tile of token rows and columns and takes it from a few images, whose loads all come before the first
 store; the tile's positions are read once for all of them.

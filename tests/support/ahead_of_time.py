@@ -1,4 +1,4 @@
-"""operator's launcher -> [ahead_of_time] -> machine code and what it uses: compiles kernels where there is no GPU.
+"""Compiles Triton kernels without a GPU and reads what their machine code uses.
 
 A launcher runs on meta tensors with its kernels replaced by recorders; what it would have launched is compiled for the
 wanted architecture just as the JIT would specialise it (multiples of 16, ones and None). The `cuobjdump` and `nvdisasm`
