@@ -16,7 +16,18 @@ from rich.console import Console
 from patchmill.tools import cli
 from patchmill.tools.console.options import parse
 
-PHOTOGRAPHS = ("astronaut", "chelsea", "coffee", "motorcycle", "rocket")
+PHOTOGRAPHS = (
+    "astronaut",
+    "chelsea",
+    "coffee",
+    "hubble_deep_field",
+    "immunohistochemistry",
+    "motorcycle",
+    "retina",
+    "rocket",
+)
+ONE_OF_EACH = 553
+"""seed of the picture whose eight images are of eight photographs (with the default crops and seed)"""
 
 
 @dataclass(frozen=True)
@@ -66,6 +77,7 @@ def main(argv: list[str]) -> int:
     train = ["--recipe", "mae-tiny", "--data.path", shards, "--out", run]
     train += ["--data.scale", 0.5, 1.0, "--train.total-steps", config.steps, "--seed", config.seed]
     draw = ["--checkpoint", run, "--data.path", shards, "--data.scale", 0.5, 1.0, "--out", out / "reconstructions.png"]
+    draw += ["--images", 8, "--across", 4, "--seed", ONE_OF_EACH]
     for title, command, options in (
         ("2  pack them into shards", "shard", [photographs, shards]),
         ("3  pretrain a tiny masked autoencoder", "pretrain", train),
