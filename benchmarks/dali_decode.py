@@ -1,6 +1,6 @@
 """Measures DALI's decoder and resize alone, from JPEGs in memory: no files, no checks, no masks.
 
-The graph of pipeline/decode_dali.py in small, with the switches that it may be given: how much the hardware decoder
+The graph of pipeline/decode/dali.py in small, with the switches that it may be given: how much the hardware decoder
 takes, window or whole image, chroma upsampling as libjpeg does it.
 """
 
