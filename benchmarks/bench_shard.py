@@ -159,8 +159,8 @@ print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
 PLAN = """
 import resource, sys, time
 from pathlib import Path
-from patchmill.tools.plan import PackOptions, make_plan
-from patchmill.tools.sources import list_folder
+from patchmill.tools.packing.plan import PackOptions, make_plan
+from patchmill.tools.packing.listing import list_folder
 started = time.perf_counter()
 listing = list_folder(Path(sys.argv[1]))
 listed = time.perf_counter()
