@@ -1,7 +1,7 @@
 """Defines the models whose encoder sees mask tokens: SimMIM, BEiT's task, and Table 1c of He et al. 2021.
 
 MAE's encoder sees only the visible patches. In these models it sees every position, with a learned token at the masked
-ones, and costs about four times as much at a mask ratio of 75 % (docs/performance.md).
+ones, and costs about three times the FLOPs at a mask ratio of 75 % (docs/performance.md).
 
     MaskTokenAutoencoder   MAE with mask tokens in the encoder, otherwise unchanged (Table 1c: "encoder w/ [M]")
     SimMIM                 no decoder: one linear layer on the encoder's masked tokens, L1 on pixels (Xie et al. 2022)
