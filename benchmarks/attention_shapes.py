@@ -1,4 +1,4 @@
-"""Lists the attention shapes of a model, and the SDPA backend that torch takes for each.
+"""Lists the attention shapes of a model, and the SDPA backends that torch and the model take for each.
 
 Shapes: B images, N tokens, Q queries, H heads, d width of a head.
 """
@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend
 
 from patchmill.trainer.config.model import ModelConfig
+from patchmill.trainer.model.attention import attention_backend
 
 BACKENDS = {
     "flash": SDPBackend.FLASH_ATTENTION,
@@ -75,12 +76,10 @@ def torch_choice(shape: AttentionShape, batch: int, device: str, dtype: torch.dt
 
 
 def attention_facts(config: ModelConfig, batch: int, device: str, dtype: torch.dtype) -> dict[str, str]:
-    """For the head of a page: torch's choice by shape, which backends it may take, and cuDNN's version."""
-    choices = [
-        f"{shape.name} ({shape.Q} of {shape.N} tokens, {shape.H} x {shape.d}) "
-        f"{torch_choice(shape, batch, device, dtype)}"
-        for shape in attention_shapes(config)
-    ]
+    """For the head of a page: torch's choice and the model's by shape, the backends enabled, and cuDNN's version."""
+    shapes = attention_shapes(config)
+    torchs = [torch_choice(shape, batch, device, dtype) for shape in shapes]
+    ours = [attention_backend(torch.device(device), dtype, shape.N, shape.d) for shape in shapes]
     cuda = torch.backends.cuda
     enabled = {
         "flash": cuda.flash_sdp_enabled(),
@@ -90,4 +89,15 @@ def attention_facts(config: ModelConfig, batch: int, device: str, dtype: torch.d
     }
     version = torch.backends.cudnn.version() if torch.cuda.is_available() else None
     names = ", ".join(name for name, on in enabled.items() if on)
-    return {"SDPA, torch's choice": "; ".join(choices), "SDPA, enabled": f"{names}; cuDNN {version}"}
+    return {
+        "SDPA, torch's choice": _by_shape(shapes, torchs),
+        "SDPA, the model's choice": _by_shape(shapes, ours),
+        "SDPA, enabled": f"{names}; cuDNN {version}",
+    }
+
+
+def _by_shape(shapes: list[AttentionShape], choices: list[str]) -> str:
+    return "; ".join(
+        f"{shape.name} ({shape.Q} of {shape.N} tokens, {shape.H} x {shape.d}) {choice}"
+        for shape, choice in zip(shapes, choices, strict=True)
+    )

@@ -32,6 +32,7 @@ from patchmill.trainer.config.model import ModelConfig
 from patchmill.trainer.engine.cuda_graph import EAGER_STEPS
 from patchmill.trainer.flops import device_peak, train_flops_per_image
 from patchmill.trainer.metrics import peak_memory_gb
+from patchmill.trainer.model import attention
 from patchmill.trainer.recipes.pretrain import get_recipe
 
 WARM_STEPS = EAGER_STEPS + 2
@@ -205,7 +206,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--rounds", type=int, default=5, help="0 compiles and times nothing")
     parser.add_argument("--steps", type=int, default=10, help="steps a variant's turn")
     parser.add_argument("--compiled", choices=("model", "blocks"), default="model", help="blocks compile much faster")
-    parser.add_argument("--attention", choices=BACKENDS, help="one backend of SDPA instead of torch's choice")
+    parser.add_argument("--attention", choices=BACKENDS, help="one backend of SDPA for all variants")
     parser.add_argument("--sweep", type=int, nargs="*", default=[], help="other batches of ours")
     parser.add_argument("--variants", nargs="*", choices=VARIANTS, default=VARIANTS, metavar="NAME", help="only these")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -213,7 +214,9 @@ def main(argv: list[str]) -> int:
     options.line = argv
     device = torch.device(options.device)
     config = get_recipe(RECIPES[options.model]).model
-    if options.attention:  # compiled code is cached under a key that does not tell which backends were enabled
+    if options.attention:
+        attention.forced = BACKENDS[options.attention]  # our model's; sdpa_kernel below sets the published one's
+        # compiled code is cached under a key that does not tell which backends were enabled
         torch.compiler.config.force_disable_caches = True
     with sdpa_kernel(BACKENDS[options.attention]) if options.attention else nullcontext():
         results = Results(options, config, device)

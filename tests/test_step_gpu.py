@@ -24,8 +24,8 @@ from patchmill.trainer.engine.cuda_graph import EAGER_STEPS, GraphedUpdate
 from patchmill.trainer.engine.optim import build_optimizer, parameter_groups
 from patchmill.trainer.engine.step import Guard, set_learning_rate, update
 from patchmill.trainer.engine.world import World
+from patchmill.trainer.model.attention import attention, attention_backend
 from patchmill.trainer.model.mae import MaskedAutoencoder
-from patchmill.trainer.model.vit import attention
 from tests.support.golden import CASES, load_case, relative
 
 pytestmark = pytest.mark.gpu
@@ -227,6 +227,7 @@ def test_bf16_gradients_of_attention_equal_the_exact_ones(shape):
     Probabilities, their gradients and the results are each rounded to bf16, by 2**-9 of a value: below a hundredth
     together. What is wrong is off by far more.
     """
+    assert attention_backend(DEVICE, torch.bfloat16, shape.N, shape.d) == "flash_attention"
     for seed in range(4):
         torch.manual_seed(seed)
         qkv = random_qkv(shape, 64, "cuda", torch.bfloat16)

@@ -82,6 +82,7 @@ def report(summary: Summary) -> None:
         table.add_row("speed", f"{last['images_per_s']:.1f} images/s, data wait {last['data_wait']:.1%}")
     if "mfu" in last:
         table.add_row("MFU", f"{last['mfu']:.1%}")
+    table.add_row("attention", summary.attention)
     if summary.evaluation:
         values = summary.evaluation
         top1 = f"kNN {values['knn_top1']:.1%}, linear probe {values['probe_top1']:.1%} top-1"

@@ -156,7 +156,7 @@ class Loop:
             watched = mask_token_norm(self.trainee.model)
             if self.phases:
                 watched["image_size"] = torch.tensor(self.trainee.model.input_hw[0])
-            metrics.flush(self.loader.wait_seconds, **watched)
+            metrics.flush(self.loader.wait_seconds, self.trainee.guard.names, **watched)
         _check_skipped(metrics, self.config.train.max_skipped_steps)
 
     def _set_image_size(self, step: int, metrics: Metrics) -> None:
@@ -174,8 +174,8 @@ class Loop:
 def _check_skipped(metrics: Metrics, most: int) -> None:
     if metrics.skipped_in_a_row >= most:
         raise FloatingPointError(
-            f"{metrics.skipped_in_a_row} updates in a row up to step {metrics.latest['step']} were skipped (loss or "
-            f"gradient not finite, or a spike); {metrics.run / 'skipped.jsonl'} lists their samples. Resume from an "
+            f"{metrics.skipped_in_a_row} updates in a row up to step {metrics.latest['step']} were skipped (last: "
+            f"{metrics.why_skipped}); {metrics.run / 'skipped.jsonl'} lists their samples. Resume from an "
             "earlier checkpoint (--resume PATH) with a lower --optim.blr, --optim.clip-grad 1 or --train.precision fp32"
         )
 

@@ -8,6 +8,7 @@ import json
 import math
 import resource
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
@@ -62,6 +63,8 @@ class Metrics:
         self.latest: dict[str, float] = {}
         self.latest_evaluation: dict[str, float] = {}
         self.skipped_in_a_row = 0
+        self.why_skipped = ""
+        """why the last skipped update was skipped, in words"""
         self.skipped = 0
         self._pending: list[_Pending] = []
         self._clock, self._waited = time.perf_counter(), 0.0
@@ -86,11 +89,12 @@ class Metrics:
         """Keeps an update's values on the device; `step` counts updates done, from 1."""
         self._pending.append(_Pending(step, epoch, lr, values, sample_ids_B))
 
-    def flush(self, wait_seconds: float, **watched: Tensor) -> None:
+    def flush(self, wait_seconds: float, names: Sequence[str] = (), **watched: Tensor) -> None:
         """Fetches the pending values in one copy and writes a line for each step.
 
         Args:
             wait_seconds: total time so far that the trainer has waited for the loader.
+            names: `Guard.names`, to name the gradient that was not finite.
             watched: current values to add to every line.
         """
         if not self._pending:
@@ -107,7 +111,8 @@ class Metrics:
         if self._peak:
             now_values["mfu"] = round(rate / self.world.size * self.flops_per_image / self._peak, 5)
         now_values |= {name: value.item() for name, value in watched.items()}
-        for each, (loss, grad_norm, skipped, own_loss, uniformity) in zip(self._pending, rows, strict=True):
+        for each, row in zip(self._pending, rows, strict=True):
+            loss, grad_norm, skipped, own_loss, uniformity, first_bad = row
             self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
             line = {
                 "step": each.step,
@@ -120,7 +125,7 @@ class Metrics:
                 line |= {"reconstruction": loss - self.uniformity_weight * uniformity, "uniformity": uniformity}
             if skipped:
                 self.skipped += 1
-                self._name_samples(line, own_loss, each.sample_ids_B)
+                self._explain(line, own_loss, int(first_bad), names, each.sample_ids_B)
             self._write(line | {"skipped": int(skipped)} | now_values)
         if self._file is not None:
             self._file.flush()
@@ -164,19 +169,31 @@ class Metrics:
         if self._wandb is not None:
             self._wandb.log(values, step=step)
 
-    def _name_samples(self, line: dict[str, float], own_loss: float, sample_ids_B: Tensor) -> None:
-        """Writes a skipped update to skipped.jsonl, with its suspect samples. A collective call.
+    def _explain(
+        self, line: dict[str, float], own_loss: float, first_bad: int, names: Sequence[str], sample_ids_B: Tensor
+    ) -> None:
+        """Writes a skipped update to skipped.jsonl: what was not finite, and suspect samples. A collective call.
 
         Suspect are the samples of ranks whose own loss is not finite; if all are finite (a spike, or an overflow in the
         gradient), those of all ranks.
         """
         finite = self.world.gather(torch.tensor(math.isfinite(own_loss)))
         every_B = self.world.gather(sample_ids_B)
+        bad = [int(each) for each in self.world.gather(torch.tensor(first_bad)) if each >= 0]
         guilty = [rank for rank, good in enumerate(finite) if not good] or list(range(self.world.size))
+        what = None
+        if not math.isfinite(line["loss"]):
+            what = "loss"
+        elif bad and names:
+            what = f"gradient of {names[min(bad)]}"
+        elif not math.isfinite(line["grad_norm"]):  # each gradient is finite, the sum of their squares is not
+            what = "gradient norm"
+        self.why_skipped = f"{what} not finite" if what else "the loss spiked"
         if self.world.is_first:
             samples = [sample for rank in guilty for sample in every_B[rank].tolist()]
             with open(self.run / "skipped.jsonl", "a", encoding="utf-8") as file:
-                file.write(json.dumps(_finite(line) | {"ranks": guilty, "samples": samples}) + "\n")
+                found = {"not_finite": what, "ranks": guilty, "samples": samples}
+                file.write(json.dumps(_finite(line) | found) + "\n")
 
 
 def mask_token_norm(model: nn.Module) -> dict[str, Tensor]:

@@ -6,6 +6,7 @@ continues bit for bit on the same kind of device with the same number of ranks.
 
 import dataclasses
 import functools
+import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -28,9 +29,12 @@ from patchmill.trainer.engine.world import World, autocast_dtype, joined_world
 from patchmill.trainer.flops import train_flops_per_image
 from patchmill.trainer.loop import Loop, Progress, Trainee
 from patchmill.trainer.metrics import Metrics
+from patchmill.trainer.model.attention import describe_backends
 from patchmill.trainer.model.build import build_model
 from patchmill.trainer.model.target_files import load_target
 from patchmill.trainer.run_folder import State, open_run, write_status
+
+logger = logging.getLogger("patchmill.trainer")
 
 
 class Summary(NamedTuple):
@@ -49,6 +53,8 @@ class Summary(NamedTuple):
     skipped_updates: int
     latest: dict[str, float]
     evaluation: dict[str, float]
+    attention: str
+    """what computed attention, by shape"""
 
 
 class Start(NamedTuple):
@@ -86,6 +92,9 @@ def pretrain(
         world.require_same(loader.fingerprint, "give every rank the same data and options")
         total_steps, run = config.train.steps(loader.steps_per_epoch), Path(config.out)
         trainee = build_trainee(config, world, observer)
+        dtype = autocast_dtype(config.train.precision, world.device) or torch.float32
+        attention = describe_backends(config.model, config.mask, world.device, dtype)
+        logger.info("attention on %s: %s", world.device, attention)
         loop = Loop(config, world, trainee, loader, total_steps, observer)
         start = _start(config, world, trainee, loader, total_steps)
 
@@ -119,6 +128,7 @@ def pretrain(
             metrics.skipped,
             metrics.latest,
             metrics.latest_evaluation,
+            attention,
         )
 
 
@@ -157,7 +167,12 @@ def build_trainee(config: PretrainConfig, world: World, observer: Observer = NOB
     forward = distribute(model, train, world)
     optimizer = build_optimizer(model, config.optim)
     autocast = autocast_dtype(train.precision, world.device)
-    guard = Guard(world.device, fp16=autocast == torch.float16, spike_factor=train.spike_factor)
+    guard = Guard(
+        world.device,
+        fp16=autocast == torch.float16,
+        spike_factor=train.spike_factor,
+        named_parameters=model.named_parameters(),
+    )
     step: Callable[[Batch], StepValues] = functools.partial(
         update,
         forward,

@@ -2,6 +2,7 @@
 
 import argparse
 import inspect
+import itertools
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
@@ -12,6 +13,8 @@ from patchmill.trainer.config.toml import read_toml
 from patchmill.trainer.recipes.pretrain import find_recipe
 
 Options = TypeVar("Options")
+UNSET_FLAGS = ("--train.async-save",)
+"""flags that are neither on nor off by default; tyro would ask for a value"""
 
 
 def parse(
@@ -30,9 +33,23 @@ def parse(
         tyro.conf.AvoidSubcommands[kind],  # type: ignore[valid-type, misc]
         prog=prog,
         description=text or inspect.getdoc(kind),
-        args=argv,
+        args=_spell_out(argv),
         **more,
     )
+
+
+def _spell_out(argv: list[str]) -> list[str]:
+    """Gives those of UNSET_FLAGS that have no value theirs: --train.async-save True, --train.no-async-save False."""
+    spelled = []
+    for here, following in itertools.zip_longest(argv, argv[1:], fillvalue=""):
+        spelled.append(here)
+        for flag in UNSET_FLAGS:
+            group, _, name = flag.rpartition(".")
+            if here.replace("_", "-") == flag and following not in ("True", "False", "None"):
+                spelled.append("True")
+            elif here.replace("_", "-") == f"{group}.no-{name}":
+                spelled[-1:] = [flag, "False"]
+    return spelled
 
 
 def parse_with_recipes(

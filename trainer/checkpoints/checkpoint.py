@@ -48,6 +48,24 @@ class Snapshot(NamedTuple):
     model: dict[str, Tensor]
     optimizer: dict[str, Tensor]
     state: dict[str, Any]
+    copied: torch.cuda.Event | None = None
+    """a GPU may still be copying the tensors until this event"""
+
+
+class Staging:
+    """Buffers in main memory for copies of tensors, made at the first copy of each name and used again.
+
+    Those for tensors of a GPU are pinned, and it copies into them in the order of its stream while the host goes on.
+    """
+
+    def __init__(self) -> None:
+        self._buffers: dict[str, Tensor] = {}
+
+    def copy(self, name: str, tensor: Tensor) -> Tensor:
+        """Copies a tensor into its buffer and returns that. On a GPU the values arrive later."""
+        if name not in self._buffers:
+            self._buffers[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+        return self._buffers[name].copy_(tensor, non_blocking=True)
 
 
 def take_snapshot(
@@ -56,14 +74,15 @@ def take_snapshot(
     guard: Guard,
     state: dict[str, Any],
     *,
-    copy: bool = False,
+    staging: Staging | None = None,
     keep: bool = True,
 ) -> Snapshot:
     """Collects the contents of a checkpoint. Every rank must call it: it gathers shards.
 
     Args:
         state: plain values that JSON can hold.
-        copy: copy tensors to main memory, which lets training continue while they are written.
+        staging: copy tensors into its buffers, which lets training continue while they are written. They hold the
+            snapshot before this one until now.
         keep: False on ranks that do not write.
     """
 
@@ -72,7 +91,7 @@ def take_snapshot(
         for name, tensor in tensors.items():
             full = whole(tensor.detach())
             if keep:
-                kept[name] = full.to("cpu", copy=True) if copy else full.contiguous()
+                kept[name] = full.contiguous() if staging is None else staging.copy(name, full)
         return kept
 
     header = {"format": "patchmill", "model": json.dumps(dataclasses.asdict(model.config))}
@@ -80,7 +99,12 @@ def take_snapshot(
     # apex counts steps per parameter group, torch per parameter, together with the moments
     steps = [group.get("step") for group in optimizer.param_groups]
     state = {"torch": torch.__version__, "group_steps": steps, **state}
-    return Snapshot(header, all_of(model.state_dict()), all_of(moments), state)
+    weights, moments = all_of(model.state_dict()), all_of(moments)
+    copied = None
+    if staging is not None and guard.state["loss_scale"].is_cuda:
+        copied = torch.cuda.Event()
+        copied.record()
+    return Snapshot(header, weights, moments, state, copied)
 
 
 def write(run: Path, step: int, snapshot: Snapshot) -> Path:
@@ -90,6 +114,8 @@ def write(run: Path, step: int, snapshot: Snapshot) -> Path:
         OSError: the disk is full or the folder is not writable; nothing half-written remains.
     """
     final = folder(run, step)
+    if snapshot.copied is not None:
+        snapshot.copied.synchronize()
     try:
         with whole_folder(final, replace=True) as unfinished:
             save_file(snapshot.model, unfinished / FILES[0], metadata=snapshot.header)

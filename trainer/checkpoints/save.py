@@ -16,13 +16,15 @@ from patchmill.trainer.model.vit import VisionTransformer
 class Saver:
     """Writes a run's checkpoints and deletes old ones.
 
-    With train.async_save it copies the state to main memory and a thread writes the copy, one checkpoint at a time. The
-    next `save` or `finish` raises an error of that thread.
+    With train.async_save (unset: on a GPU) it copies the state to main memory and a thread writes the copy, one
+    checkpoint at a time. The next `save` or `finish` raises an error of that thread.
     """
 
     def __init__(self, run: Path, config: TrainConfig, world: World) -> None:
         self.run, self.config, self.world = run, config, world
-        self._thread = ThreadPoolExecutor(1, "patchmill-save") if config.async_save and world.is_first else None
+        in_thread = world.device.type == "cuda" if config.async_save is None else config.async_save
+        self._thread = ThreadPoolExecutor(1, "patchmill-save") if in_thread and world.is_first else None
+        self._staging = checkpoint.Staging() if self._thread is not None else None
         self._writing: Future[None] | None = None
 
     def save(
@@ -36,11 +38,12 @@ class Saver:
         """Saves after `step` updates. Every rank must call it.
 
         Raises:
-            OSError: this checkpoint could not be written, or, with train.async_save, the one before.
+            OSError: this checkpoint could not be written, or, if a thread writes them, the one before.
         """
         self._wait()
-        copy = self._thread is not None
-        snapshot = checkpoint.take_snapshot(model, optimizer, guard, state, copy=copy, keep=self.world.is_first)
+        snapshot = checkpoint.take_snapshot(
+            model, optimizer, guard, state, staging=self._staging, keep=self.world.is_first
+        )
         if self._thread is not None:
             self._writing = self._thread.submit(self._write, step, snapshot)
         elif self.world.is_first:

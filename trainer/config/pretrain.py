@@ -110,8 +110,8 @@ class TrainConfig:
     """newest checkpoints to keep on disk"""
     keep_every_steps: int | None = None
     """also keep the checkpoints of every so many steps; unset: only keep_last"""
-    async_save: bool = False
-    """write checkpoints in a thread during training (needs a copy of the state in main memory)"""
+    async_save: bool | None = None
+    """write checkpoints in a thread during training (holds a copy of the state in main memory); unset: on a GPU"""
     rank_timeout_seconds: float = 600.0
     """how long ranks wait for a missing one before the run ends and names it"""
     picture_every_epochs: float | None = None

@@ -3,20 +3,24 @@
 The model's code does not change: its parameters keep their names, and checkpoints hold whole tensors in any layout.
 """
 
+import functools
 import inspect
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from patchmill.trainer.config.pretrain import TrainConfig
-from patchmill.trainer.engine.world import World
+from patchmill.trainer.engine.world import World, autocast_dtype
 from patchmill.trainer.model.crossmae import CrossBlock
 from patchmill.trainer.model.vit import Block
 
 _RENAMED = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters  # in torch 2.13
+RECOMPILE_LIMIT = 64
+"""compiled versions of a block's code: one for each shape of a block and each image size of a size schedule"""
 KEEP_BUFFERS: dict[str, Any] = {"forward_sync_buffers" if _RENAMED else "broadcast_buffers": False}
 """DDP need not broadcast buffers: a fitted target is the same on all ranks and never changes"""
 
@@ -27,14 +31,17 @@ def distribute(model: nn.Module, config: TrainConfig, world: World) -> nn.Module
     Raises:
         ValueError: this machine does not support an option.
     """
+    sharded = world.size > 1 and config.parallel != "ddp"
     if config.fp8:
         _to_fp8(model, world)
+    if config.compile and sharded:
+        _compile_blocks(model, config)
     if config.activation_checkpointing:
         for block in blocks(model):
             block.forward = _recomputed(block)  # type: ignore[method-assign]
-    if world.size > 1 and config.parallel != "ddp":
+    if sharded:
         _shard(model, config, world)
-    if config.compile:
+    elif config.compile:
         model = cast(nn.Module, torch.compile(model, fullgraph=True, dynamic=False, mode=config.compile_mode))
     if world.size > 1 and config.parallel == "ddp":
         return DistributedDataParallel(
@@ -52,10 +59,32 @@ def blocks(model: nn.Module) -> list[Block | CrossBlock]:
     return [module for module in model.modules() if isinstance(module, Block | CrossBlock)]
 
 
+def _compile_blocks(model: nn.Module, config: TrainConfig) -> None:
+    """Compiles the forward pass of each block, for training only; what lies between blocks runs eagerly.
+
+    FSDP2's hooks gather a block's weights before its `forward` and cannot be compiled: a graph must end where they run.
+    Blocks of equal shape share their code. Evaluations run eagerly, as they do under DDP.
+    """
+    import torch.compiler.config  # slow to import
+
+    torch.compiler.config.recompile_limit = max(RECOMPILE_LIMIT, torch.compiler.config.recompile_limit)
+    for block in blocks(model):
+        compiled = torch.compile(block.forward, fullgraph=True, dynamic=False, mode=config.compile_mode)
+        block.forward = functools.partial(_in_training, compiled, block.forward)  # type: ignore[method-assign]
+
+
+def _in_training(compiled: Callable[..., Tensor], eager: Callable[..., Tensor], *args: Tensor) -> Tensor:
+    return (compiled if torch.is_grad_enabled() else eager)(*args)
+
+
 def _shard(model: nn.Module, config: TrainConfig, world: World) -> None:
-    """Shards the model block by block with FSDP2 (ZeRO-3); hsdp shards within each node and replicates over nodes."""
+    """Shards the model block by block with FSDP2 (ZeRO-3); hsdp shards within each node and replicates over nodes.
+
+    A run in bf16 gathers the blocks' weights in bf16 and reduces their gradients in fp32 (docs/numerics.md). Everything
+    else (embeddings, positions, tokens, last norms, heads) stays in fp32, as does the sum that runs through the blocks.
+    """
     from torch.distributed.device_mesh import init_device_mesh  # slow to import
-    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     kind = world.device.type
     if config.parallel == "fsdp":
@@ -63,8 +92,11 @@ def _shard(model: nn.Module, config: TrainConfig, world: World) -> None:
     else:
         per_node = world.local_size
         mesh = init_device_mesh(kind, (world.size // per_node, per_node), mesh_dim_names=("replicate", "shard"))
+    policy = MixedPrecisionPolicy()
+    if autocast_dtype(config.precision, world.device) == torch.bfloat16:
+        policy = MixedPrecisionPolicy(torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for block in blocks(model):
-        fully_shard(block, mesh=mesh)
+        fully_shard(block, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh)
 
 

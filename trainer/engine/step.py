@@ -5,8 +5,8 @@ they are not, the fused optimizer leaves weights and moments unchanged. The host
 """
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +38,8 @@ class StepValues(NamedTuple):
     """mean over this rank's images; shows which rank had a loss that is not finite"""
     uniformity: Tensor
     """U-MAE's term over the images of all ranks, averaged over micro-batches; 0 for a model without it"""
+    first_bad: Tensor
+    """position in `Guard.names` of the first gradient that is not finite on this rank; -1 if there is none"""
 
 
 class PartLoss(NamedTuple):
@@ -61,14 +63,48 @@ class Guard:
     one. In fp16 each skipped update halves the loss scale; 2,000 good ones double it.
     """
 
-    def __init__(self, device: torch.device, *, fp16: bool = False, spike_factor: float | None = None) -> None:
+    def __init__(
+        self,
+        device: torch.device,
+        *,
+        fp16: bool = False,
+        spike_factor: float | None = None,
+        named_parameters: Iterable[tuple[str, nn.Parameter]] = (),
+    ) -> None:
+        """Starts with the state of a new run.
+
+        Args:
+            named_parameters: those of the model, in its order, for `first_bad`.
+        """
         self.fp16, self.spike_factor = fp16, spike_factor
+        # what is computed last comes first, as in the backward pass
+        self._trained = [(name, p) for name, p in named_parameters if p.requires_grad][::-1]
         self.state = {
             "loss_scale": torch.tensor(FP16_FIRST_SCALE if fp16 else 1.0, device=device),
             "good_steps": torch.zeros((), device=device),
             "usual_loss": torch.zeros((), device=device),
             "losses_seen": torch.zeros((), device=device),
         }
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the trained parameters, roughly in the order in which the backward pass reaches them."""
+        return [name for name, _ in self._trained]
+
+    def first_bad(self, norms: dict[Tensor, Tensor]) -> Tensor:
+        """Returns the position in `names` of the first parameter whose gradient norm is not finite; -1 for none.
+
+        A value that is not finite spreads from there to the gradients of all layers below. The host does not wait.
+
+        Args:
+            norms: gradient norms of this rank by parameter.
+        """
+        device = self.state["loss_scale"].device
+        fine = torch.zeros((), device=device)
+        if not self._trained:
+            return fine - 1
+        bad_P = ~torch.isfinite(torch.stack([norms.get(parameter, fine) for _, parameter in self._trained]))
+        return torch.where(bad_P.any(), bad_P.byte().argmax().float(), fine - 1)
 
     def skip(self, loss: Tensor, grad_norm: Tensor) -> Tensor:
         """Returns 1.0 to skip the update, else 0.0. Loss and gradient norm must be the same on all ranks."""
@@ -127,22 +163,36 @@ def update(
         own_loss += part_loss.detach()
         if output.uniformity is not None:
             uniformity += output.uniformity.detach() / accum_steps
-    gradients = [p.grad for p in parameters if p.grad is not None]
+    reached = [p for p in parameters if p.grad is not None]
+    gradients = cast(list[Tensor], [p.grad for p in reached])
     if guard.fp16:
         torch._foreach_mul_(gradients, 1 / scale)
-    own_norm = whole(torch.nn.utils.get_total_norm(gradients))
+    norms = _norms(gradients)
+    own_norm = whole(torch.linalg.vector_norm(torch.stack(norms)))  # as torch.nn.utils.get_total_norm
+    first_bad = guard.first_bad(dict(zip(reached, map(_shard, norms), strict=True)))
     # after this all ranks hold the same numbers and decide alike
     mean_loss, grad_norm = world.mean(torch.stack([own_loss, own_norm]))
     if clip_grad is not None:
         torch.nn.utils.clip_grads_with_norm_(parameters, clip_grad, grad_norm)
     skipped = guard.skip(mean_loss, grad_norm)
     _apply(optimizer, skipped)
-    return StepValues(mean_loss, grad_norm, skipped, own_loss, uniformity)
+    return StepValues(mean_loss, grad_norm, skipped, own_loss, uniformity, first_bad)
 
 
 def whole(tensor: Any) -> Tensor:
     """Gathers a sharded tensor (DTensor) on every rank, a collective call; returns any other tensor unchanged."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def _norms(gradients: list[Tensor]) -> Sequence[Tensor]:
+    if hasattr(gradients[0], "to_local"):
+        return [torch.linalg.vector_norm(gradient) for gradient in gradients]
+    return torch._foreach_norm(gradients)
+
+
+def _shard(tensor: Any) -> Tensor:
+    """Returns this rank's part of a sharded tensor (DTensor), and any other tensor unchanged."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:

@@ -17,7 +17,7 @@ from patchmill.pipeline.plan.masks import MaskPlan
 from patchmill.trainer.config.model import ModelConfig
 from patchmill.trainer.model.mae import MAEOutput, with_loss
 from patchmill.trainer.model.targets import build_target
-from patchmill.trainer.model.vit import LAYER_NORM_EPS, Mlp, VisionTransformer, attention, sincos_positions
+from patchmill.trainer.model.vit import LAYER_NORM_EPS, Mlp, VisionTransformer, sincos_positions
 
 
 class CrossAttention(nn.Module):

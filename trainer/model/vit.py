@@ -18,28 +18,11 @@ from torch import Tensor, nn
 from patchmill.kernels.gather import gather_patches, gather_tokens
 from patchmill.pipeline.plan.masks import MaskPlan
 from patchmill.trainer.config.model import ModelConfig
+from patchmill.trainer.model.attention import attention
 from patchmill.trainer.model.resize_weights import interpolate_positions
 from patchmill.trainer.model.targets import Target
 
 LAYER_NORM_EPS = 1e-6
-
-
-def attention(q_BHQd: Tensor, k_BHNd: Tensor, v_BHNd: Tensor) -> Tensor:
-    """Computes softmax attention, in the form that measured fastest on the device (docs/decisions.md).
-
-    On a GPU, PyTorch's fused kernels win. On a CPU, their backward pass is slow at ViT lengths and plain batched
-    products are faster.
-
-    Args:
-        q_BHQd: queries, floating point.
-        k_BHNd, v_BHNd: keys and values, in the same dtype.
-    Returns:
-        [B, H, Q, d] in the dtype of v.
-    """
-    if q_BHQd.is_cuda:
-        return F.scaled_dot_product_attention(q_BHQd, k_BHNd, v_BHNd)
-    weights_BHQN = (q_BHQd * q_BHQd.shape[-1] ** -0.5) @ k_BHNd.transpose(-2, -1)
-    return weights_BHQN.softmax(-1).to(v_BHNd.dtype) @ v_BHNd
 
 
 class Attention(nn.Module):
