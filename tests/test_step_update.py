@@ -14,7 +14,8 @@ from patchmill.trainer.config.pretrain import OptimConfig
 from patchmill.trainer.engine import step as step_module
 from patchmill.trainer.engine.optim import build_optimizer, find_apex
 from patchmill.trainer.engine.step import Guard, set_learning_rate, update
-from patchmill.trainer.metrics import Metrics, mask_token_norm
+from patchmill.trainer.loop import _check_skipped
+from patchmill.trainer.metrics import Metrics, mask_token_norm, read_lines
 from patchmill.trainer.model.mae import MAEOutput, MaskedAutoencoder
 from tests.support.devices import ALONE, CPU, no_host_sync
 from tests.support.small_models import SMALLEST
@@ -64,7 +65,7 @@ def test_the_check_itself_sees_a_value_that_leaves(monkeypatch):
 def test_nothing_waits_for_the_device_between_log_steps(precision, options, monkeypatch, tmp_path):
     """The whole of what the loop does with device tensors in a step; the flush then takes all values over at once."""
     model, optimizer = make()
-    guard = Guard(CPU, spike_factor=2.0)
+    guard = Guard(CPU, spike_factor=2.0, named_parameters=model.named_parameters())
     metrics = Metrics(tmp_path, ALONE, global_batch=8, flops_per_image=1.0, tensorboard=False, wandb=None)
     metrics.start(0.0)
     # Adam's first step makes its state, and the host reads constants for it
@@ -153,6 +154,69 @@ def test_fp16_scales_the_loss_and_backs_off_from_overflow(monkeypatch):
     assert values.skipped == 1
     assert guard.state["loss_scale"] == 2.0**16
     assert torch.equal(before["mask_token"], half.mask_token)
+
+
+def run_with_bad_gradients(run, poison, losses=(1.0,), **guard_options):
+    """Trains one step per factor of the loss; `poison` maps a parameter's name to a value put into its gradient."""
+    model, optimizer = make()
+    guard = Guard(CPU, named_parameters=model.named_parameters(), **guard_options)
+    for name, value in poison.items():
+
+        def put(grad, value=value):
+            changed = grad.clone()
+            changed.view(-1)[-1] = value
+            return changed
+
+        model.get_parameter(name).register_hook(put)
+    metrics = Metrics(run, ALONE, global_batch=8, flops_per_image=1.0, tensorboard=False, wandb=None)
+    for number, factor in enumerate(losses, 1):
+        batch = batch_of(number)
+        values = update(scaled_loss(model, factor), optimizer, batch, world=ALONE, guard=guard)
+        metrics.add(number, 0.1, 1e-3, values, batch.sample_ids)
+    metrics.flush(0.0, guard.names)
+    metrics.close()
+    return metrics
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize(
+    ("names", "first"),
+    [
+        (["blocks.0.attn.qkv.weight"], "blocks.0.attn.qkv.weight"),
+        (["blocks.0.norm1.bias", "decoder_blocks.0.mlp.fc1.bias", "cls_token"], "decoder_blocks.0.mlp.fc1.bias"),
+        (["cls_token"], "cls_token"),
+    ],
+)
+def test_the_first_gradient_that_is_not_finite_is_named(names, first, value, tmp_path):
+    """First in the order of the backward pass: from there it spreads to the layers below."""
+    metrics = run_with_bad_gradients(tmp_path, dict.fromkeys(names, value))
+    (entry,) = read_lines(tmp_path / "skipped.jsonl")
+    assert entry["not_finite"] == f"gradient of {first}"
+    assert metrics.why_skipped == f"gradient of {first} not finite"
+    assert len(entry["samples"]) == 8
+    with pytest.raises(FloatingPointError, match=rf"1 updates in a row .*\(last: gradient of {first} not finite\)"):
+        _check_skipped(metrics, 1)
+
+
+def test_a_loss_a_norm_and_a_spike_are_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(step_module, "SPIKE_WARMUP_STEPS", 2.0)
+    run_with_bad_gradients(tmp_path, {}, [1.0, 1.0, 1e4, float("nan")], spike_factor=3.0)
+    assert [entry["not_finite"] for entry in read_lines(tmp_path / "skipped.jsonl")] == [None, "loss"]
+    half = 2.0**63  # its square is finite in fp32, four of them are not
+    names = ["blocks.0.norm1.bias", "blocks.0.norm2.bias", "decoder_pred.bias", "norm.bias"]
+    run_with_bad_gradients(tmp_path, dict.fromkeys(names, half))
+    entry = read_lines(tmp_path / "skipped.jsonl")[-1]
+    assert entry["not_finite"] == "gradient norm"
+
+
+def test_the_norm_is_that_of_torch():
+    model, optimizer = make()
+    batch = batch_of()
+    model(batch.images, batch.plan).loss.backward()
+    gradients = [p.grad for group in optimizer.param_groups for p in group["params"]]
+    expected = torch.nn.utils.get_total_norm(gradients)
+    optimizer.zero_grad()
+    assert torch.equal(update(model, optimizer, batch, world=ALONE, guard=Guard(CPU)).grad_norm, expected)
 
 
 def test_an_apex_that_is_not_nvidia_s_is_called_so(monkeypatch):

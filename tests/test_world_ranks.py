@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
+from torch._dynamo.backends.debugging import aot_eager
 
 from patchmill.pipeline.read.manifest import open_dataset
 from patchmill.tools import cli
@@ -38,13 +39,57 @@ def train_on_two_ranks(rank, dataset, folder):
         "fsdp_clipped": {"train__parallel": "fsdp", "optim__clip_grad": 0.5},
         "ddp_clipped": {"optim__clip_grad": 0.5},
         "one_to_fsdp": {"resume": resumed, "train__parallel": "fsdp"},
+        "fsdp_compiled": {"train__parallel": "fsdp", "train__compile": True, "train__picture_every_epochs": 2.0},
+        "hsdp_compiled": {"train__parallel": "hsdp", "train__compile": True, "train__activation_checkpointing": True},
+        "ddp_bf16": {"train__precision": "bf16"},
+        "fsdp_bf16": {
+            "train__precision": "bf16",
+            "train__parallel": "fsdp",
+            "train__picture_every_epochs": 2.0,
+            "train__spectrum_every_epochs": 2.0,
+        },
+        "fsdp_bf16_compiled": {"train__precision": "bf16", "train__parallel": "fsdp", "train__compile": True},
     }
     for name, changes in worlds.items():
         next_world()
-        pretrain(twenty_steps(dataset, folder / name, **changes))
+        torch.compiler.reset()
+        with _watched() as seen:
+            pretrain(twenty_steps(dataset, folder / name, **changes))
+        (folder / name / f"seen-{rank}.json").write_text(
+            json.dumps({what: sorted(each) for what, each in seen.items()})
+        )
     for name, value in NOT_FINITE.items():
         next_world()
         _with_a_bad_loss_on_rank_1(rank, twenty_steps(dataset, folder / name), value)
+
+
+@contextlib.contextmanager
+def _watched():
+    """Notes the dtypes that FSDP2 sends, and the shapes of what was compiled (traced only: code takes too long)."""
+    seen: dict[str, set[str]] = {"gathered": set(), "reduced": set(), "compiled": set()}
+    gather, reduce, compile_ = dist.all_gather_into_tensor, dist.reduce_scatter_tensor, torch.compile
+
+    def watched_gather(output_tensor, input_tensor, *args, **options):
+        seen["gathered"].add(str(input_tensor.dtype))
+        return gather(output_tensor, input_tensor, *args, **options)
+
+    def watched_reduce(output, input, *args, **options):
+        seen["reduced"].add(str(input.dtype))
+        return reduce(output, input, *args, **options)
+
+    def trace(graph, inputs):
+        seen["compiled"].add(str([tuple(each.shape) for each in inputs if not isinstance(each, torch.nn.Parameter)]))
+        return aot_eager(graph, inputs)
+
+    def traced(function, *, mode, **options):
+        assert mode == "default"
+        return compile_(function, backend=trace, **options)
+
+    dist.all_gather_into_tensor, dist.reduce_scatter_tensor, torch.compile = watched_gather, watched_reduce, traced
+    try:
+        yield seen
+    finally:
+        dist.all_gather_into_tensor, dist.reduce_scatter_tensor, torch.compile = gather, reduce, compile_
 
 
 def _with_a_bad_loss_on_rank_1(rank, config, value):
@@ -72,7 +117,7 @@ def runs(tmp_path_factory):
     dataset = make_dataset(tmp_path_factory.mktemp("data"), count=40)
     pretrain(twenty_steps(dataset, folder / "one"))
     pretrain(twenty_steps(dataset, folder / "accumulated", train__accum_steps=4))
-    run_ranks(2, 9, train_on_two_ranks, dataset, folder)
+    run_ranks(2, 14, train_on_two_ranks, dataset, folder)
     resumed = str(checkpoint.folder(folder / "ddp", STEPS // 2))
     pretrain(twenty_steps(dataset, folder / "ddp_to_one", resume=resumed))
     resumed = str(checkpoint.folder(folder / "fsdp", STEPS // 2))
@@ -92,6 +137,9 @@ def runs(tmp_path_factory):
         ("one", "ddp_to_one"),
         ("one", "fsdp_to_one"),
         ("one", "one_to_fsdp"),
+        ("ddp", "fsdp_compiled"),
+        ("ddp", "hsdp_compiled"),
+        ("fsdp_bf16", "fsdp_bf16_compiled"),
     ],
 )
 def test_the_same_run_whatever_carries_it(one, other, runs):
@@ -103,6 +151,28 @@ def test_sharded_checkpoints_hold_whole_tensors_under_published_names(runs):
     saved = weights(runs / "fsdp")
     assert {name: tensor.shape for name, tensor in saved.items()} == {n: t.shape for n, t in model.state_dict().items()}
     assert checkpoint.load_model(runs / "fsdp")[0].config == model.config
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_blocks_are_compiled_once_for_each_shape_and_evaluated_eagerly(rank, runs):
+    """Encoder, decoder, last decoder block; the pictures of a run come from the code that was not compiled."""
+    for name in ("fsdp_compiled", "hsdp_compiled", "fsdp_bf16_compiled"):
+        assert len(json.loads((runs / name / f"seen-{rank}.json").read_text())["compiled"]) == 3, name
+    assert list((runs / "fsdp_compiled" / "pictures").glob("*.png"))
+
+
+def test_bf16_runs_gather_blocks_in_bf16_and_reduce_in_fp32(runs):
+    """The rest of the model is gathered in fp32. Losses stay within what rounding norms and their gradients changes."""
+    for name, gathered in (("fsdp", ["torch.float32"]), ("fsdp_bf16", ["torch.bfloat16", "torch.float32"])):
+        seen = json.loads((runs / name / "seen-0.json").read_text())
+        assert (seen["gathered"], seen["reduced"]) == (gathered, ["torch.float32"])
+    ours, theirs = losses(runs / "fsdp_bf16"), losses(runs / "ddp_bf16")
+    print("FSDP2 in bf16 against DDP in bf16:", [abs(ours[step] / theirs[step] - 1) for step in sorted(ours)])
+    for step, loss in ours.items():
+        assert loss == pytest.approx(theirs[step], rel=1e-3), step
+    assert ours != theirs  # norms are rounded
+    assert list((runs / "fsdp_bf16" / "pictures").glob("*.png"))  # evaluations without autocast work too
+    assert len(read_lines(runs / "fsdp_bf16" / "spectra.jsonl")) == 2
 
 
 def test_clipping_changes_the_run(runs):
@@ -119,6 +189,7 @@ def test_a_bad_loss_on_one_rank_makes_all_ranks_skip_that_step_and_no_other(name
     assert not torch.equal(weights(run, BAD_STEP)["mask_token"], weights(run, BAD_STEP + 1)["mask_token"])
     (entry,) = read_lines(run / "skipped.jsonl")
     assert (entry["step"], entry["loss"], entry["ranks"], len(entry["samples"])) == (BAD_STEP, None, [1], 4)
+    assert entry["not_finite"] == "loss"
     assert json.loads((run / "status.json").read_text())["state"] == "finished"
 
 

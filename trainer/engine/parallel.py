@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
@@ -80,8 +81,8 @@ def _in_training(compiled: Callable[..., Tensor], eager: Callable[..., Tensor], 
 def _shard(model: nn.Module, config: TrainConfig, world: World) -> None:
     """Shards the model block by block with FSDP2 (ZeRO-3); hsdp shards within each node and replicates over nodes.
 
-    A run in bf16 gathers the blocks' weights in bf16 and reduces their gradients in fp32 (docs/numerics.md). Everything
-    else (embeddings, positions, tokens, last norms, heads) stays in fp32, as does the sum that runs through the blocks.
+    A run in bf16 gathers the blocks' weights in bf16 and reduces their gradients in fp32 (docs/numerics.md). All other
+    weights (embeddings, positions, tokens, last norms, heads) and the tokens between blocks keep their dtype.
     """
     from torch.distributed.device_mesh import init_device_mesh  # slow to import
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -95,9 +96,32 @@ def _shard(model: nn.Module, config: TrainConfig, world: World) -> None:
     policy = MixedPrecisionPolicy()
     if autocast_dtype(config.precision, world.device) == torch.bfloat16:
         policy = MixedPrecisionPolicy(torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
+        for block in blocks(model):
+            _accept_bf16_weights(block, kind)
     for block in blocks(model):
         fully_shard(block, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh)
+
+
+class _LayerNormInFp32(nn.LayerNorm):
+    """Computes in fp32 whatever the weights' dtype, as autocast does on a GPU; a CPU would refuse bf16 weights."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x.float(), self.normalized_shape, self.weight.float(), self.bias.float(), self.eps)
+
+
+def _accept_bf16_weights(block: nn.Module, device_type: str) -> None:
+    """Runs a block's products in bf16 also where evaluations use no autocast, and its norms in fp32."""
+    forward = block.forward
+    block.forward = functools.partial(_in_bf16, forward, device_type)  # type: ignore[method-assign]
+    for module in block.modules():
+        if isinstance(module, nn.LayerNorm):
+            module.__class__ = _LayerNormInFp32  # parameters keep their names, and compiled blocks share their code
+
+
+def _in_bf16(forward: Callable[..., Tensor], device_type: str, *args: Tensor) -> Tensor:
+    with torch.autocast(device_type, dtype=torch.bfloat16):
+        return forward(*args)
 
 
 def _recomputed(block: nn.Module):  # type: ignore[no-untyped-def]

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from patchmill.pipeline.plan.masks import MaskPlan
 from patchmill.trainer.config.model import ModelConfig
+from patchmill.trainer.model.attention import attention
 from patchmill.trainer.model.mae import MAEOutput, with_loss
 from patchmill.trainer.model.targets import build_target
 from patchmill.trainer.model.vit import LAYER_NORM_EPS, Mlp, VisionTransformer, sincos_positions
