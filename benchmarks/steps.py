@@ -102,7 +102,7 @@ def our_update(
         compile_model(model, compiled),
         optimizer,
         world=World(0, 1, device),
-        guard=Guard(device),
+        guard=Guard(device, named_parameters=model.named_parameters()),
         autocast=torch.bfloat16,
     )
     return GraphedUpdate(call, cast(torch.optim.AdamW, optimizer)) if graphed else call

@@ -130,6 +130,7 @@ def test_shapes_of_attention_are_those_of_the_model():
     choice = facts["SDPA, torch's choice"]
     assert choice.count("attention") + choice.count("math") == 3
     assert "math" in facts["SDPA, enabled"]
+    assert facts["SDPA, the model's choice"].count("products") == 3
 
 
 def test_a_wrong_backend_shows_in_its_error(monkeypatch):

@@ -18,6 +18,7 @@ from benchmarks.published_mae import PublishedMAE
 from patchmill.pipeline.batch import Batch
 from patchmill.pipeline.config import MaskConfig
 from patchmill.pipeline.plan.masks import MaskPlan
+from patchmill.trainer.checkpoints.checkpoint import Staging, take_snapshot
 from patchmill.trainer.config.model import ModelConfig
 from patchmill.trainer.config.pretrain import OptimConfig
 from patchmill.trainer.engine.cuda_graph import EAGER_STEPS, GraphedUpdate
@@ -75,7 +76,8 @@ def trajectory(graphed: bool, steps: int = 10, bad_step: int = 7) -> tuple[torch
     """Values of each update and the weights at the end; one update meets a loss that is not finite."""
     torch.manual_seed(0)
     model = MaskedAutoencoder(SMALL).to(DEVICE)
-    forward, optimizer, guard = Factor(model), build_optimizer(model, OptimConfig()), Guard(DEVICE)
+    forward, optimizer = Factor(model), build_optimizer(model, OptimConfig())
+    guard = Guard(DEVICE, named_parameters=model.named_parameters())
     step = functools.partial(
         update, forward, optimizer, world=ALONE, guard=guard, autocast=torch.bfloat16, clip_grad=1.0
     )
@@ -106,7 +108,7 @@ def assert_same(run, other):
 def test_nothing_waits_for_the_device(precision, options):
     model = MaskedAutoencoder(SMALL).to(DEVICE)
     optimizer = build_optimizer(model, OptimConfig())
-    guard = Guard(DEVICE, fp16=precision == torch.float16, spike_factor=2.0)
+    guard = Guard(DEVICE, fp16=precision == torch.float16, spike_factor=2.0, named_parameters=model.named_parameters())
     images, ids_B = batch_of(0).images, torch.arange(32, device=DEVICE)
     values = []
     for epoch in range(5):
@@ -239,6 +241,32 @@ def test_bf16_gradients_of_attention_equal_the_exact_ones(shape):
         for name, mine, exact in zip("qkv", found, torch.autograd.grad(out, exact_qkv, grad.float()), strict=True):
             assert mine.isfinite().all(), f"d{name}, seed {seed}"
             assert relative(mine.float(), exact) < 2e-2, f"d{name}, seed {seed}"
+
+
+def test_a_save_copies_without_waiting_and_holds_its_step():
+    model = MaskedAutoencoder(SMALL).to(DEVICE)
+    optimizer, guard, staging = build_optimizer(model, OptimConfig()), Guard(DEVICE), Staging()
+    update(model, optimizer, batch_of(0), world=ALONE, guard=guard)
+    for _ in range(2):  # the first makes the buffers, which may wait
+        expected = {name: value.clone() for name, value in model.state_dict().items()}
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            snapshot = take_snapshot(model, optimizer, guard, {}, staging=staging)
+            torch._foreach_mul_([p.data for p in model.parameters()], 2.0)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert snapshot.copied is not None
+        snapshot.copied.synchronize()
+        assert all(torch.equal(value, expected[name].cpu()) for name, value in snapshot.model.items())
+        assert all(value.is_pinned() for value in (*snapshot.model.values(), *snapshot.optimizer.values()))
+
+
+def test_the_first_gradient_that_is_not_finite_is_named():
+    model = MaskedAutoencoder(SMALL).to(DEVICE)
+    guard = Guard(DEVICE, named_parameters=model.named_parameters())
+    model.get_parameter("blocks.0.norm1.weight").register_hook(lambda grad: grad * float("nan"))
+    values = update(model, build_optimizer(model, OptimConfig()), batch_of(0), world=ALONE, guard=guard)
+    assert guard.names[int(values.first_bad)] == "blocks.0.norm1.weight"
 
 
 def test_the_captured_published_step_trains():

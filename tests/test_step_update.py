@@ -76,7 +76,7 @@ def test_nothing_waits_for_the_device_between_log_steps(precision, options, monk
             set_learning_rate(optimizer, 1e-3 * number)
             values = update(model, optimizer, batch, world=ALONE, guard=guard, autocast=precision, **options)
             metrics.add(number, 0.1, 1e-3, values, batch.sample_ids)
-    metrics.flush(0.0, **mask_token_norm(model))
+    metrics.flush(0.0, guard.names, **mask_token_norm(model))
     metrics.close()
     assert metrics.latest["step"] == 3
     assert metrics.latest["mask_token_norm"] == pytest.approx(model.mask_token.norm().item())

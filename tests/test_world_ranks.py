@@ -78,7 +78,8 @@ def _watched():
         send = getattr(dist, name)
 
         def call(*args, **options):
-            seen[kind].add(str(options.get("input", args[1] if len(args) > 1 else None).dtype))
+            sent = options["input"] if "input" in options else args[1]
+            seen[kind].add(str(sent.dtype))
             return send(*args, **options)
 
         return mock.patch.object(dist, name, call)

@@ -6,7 +6,7 @@ runs/first/
   metrics.jsonl      one object per step
   evaluations.jsonl  kNN and linear probe during training (eval.every_epochs)
   spectra.jsonl      singular values of class tokens during training (train.spectrum_every_epochs)
-  skipped.jsonl      skipped updates and their samples
+  skipped.jsonl      skipped updates: what was not finite first, and their samples
   quarantine.jsonl   bad images
   tensorboard/  pictures/  loss.png  spectra.png  checkpoints/step-XXXXXXXX/
 """
