@@ -5,8 +5,7 @@ Asks, in this order, and writes the page anew after each answer:
 1. Does the hardware JPEG decoder answer?
 2. How far are nvJPEG's pixels from TurboJPEG's, through the whole loader?
 3. From JPEG tars to trained batches: images/s and data wait of a ViT-B/16 step, against the step on a batch that lies
-   ready. Data wait is what the training stream waited, between CUDA events before and after each `next`; the host's
-   time in `next` is apart, since the host runs ahead and waits there while the device is busy.
+   ready. Data wait is what the training stream waited; the host's time in `next` is apart (see pipeline/waits.py).
 4. The loader alone, by the share of images that the hardware decoder gets.
 5. The decoder alone, from memory: by that share, by threads, by batch, window against whole image, chroma upsampling.
 6. Memory of device and process over time.
@@ -34,12 +33,11 @@ import numpy as np
 import torch
 
 from benchmarks.dali_decode import Setting, Work, first_batch, images_per_second
-from benchmarks.jpeg_engine import find_jpeg_engine
 from benchmarks.pages import markdown_table, write_page
 from benchmarks.pictures import training_images
 from benchmarks.steps import MASK, RECIPES, our_update
-from patchmill.pipeline.batch import Batch
 from patchmill.pipeline.decode import dali as decode_dali
+from patchmill.pipeline.decode.jpeg_engine import find_jpeg_engine
 from patchmill.pipeline.loader import DataConfig, Loader, build_loader
 from patchmill.pipeline.plan.feed import Feeder
 from patchmill.tools.packing.listing import list_folder
@@ -71,43 +69,6 @@ class Page:
         print("\n".join(lines), flush=True)
         every = [line for lines in self.lines.values() for line in (*lines, "")]
         write_page(self.name, "DALI, from JPEG tars to the step", self.facts, every, self.data)
-
-
-class Waits:
-    """Takes batches from a loader and sums how long the device, and the host, waited for them.
-
-    Between two events around `next` a stream holds nothing but its wait for the batch. The first is reached when the
-    step before has ended, the second when the batch is ready, even if the host came late: the difference is idle time
-    of the device. On a CPU both figures are the host's.
-    """
-
-    def __init__(self, loader: Iterator[Batch], device: torch.device) -> None:
-        self.loader, self.device, self.host_seconds = loader, device, 0.0
-        self.events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
-
-    def next(self) -> Batch:
-        """The next batch."""
-        before, start = self._event(), time.perf_counter()
-        batch = next(self.loader)
-        self.host_seconds += time.perf_counter() - start
-        after = self._event()
-        if before is not None and after is not None:
-            self.events.append((before, after))
-        return batch
-
-    def device_seconds(self) -> float:
-        """What the device waited; waits for it to end."""
-        if self.device.type != "cuda":
-            return self.host_seconds
-        timing.wait_for(self.device)
-        return sum(before.elapsed_time(after) for before, after in self.events) * 1e-3
-
-    def _event(self) -> torch.cuda.Event | None:
-        if self.device.type != "cuda":
-            return None
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
 
 
 def prepare(source: str, folder: Path, least: int) -> tuple[Path, str]:
@@ -251,10 +212,10 @@ def ask_end_to_end(page: Page, data: Path, options: argparse.Namespace) -> None:
                 for _ in range(5):
                     step(next(loader))
                 timing.wait_for(options.device)
-                waits, start = Waits(loader, options.device), time.perf_counter()
-                rate = _steps_per_second(lambda: step(waits.next()), options) * batch  # noqa: B023
+                before, start = loader.waits.total(), time.perf_counter()
+                rate = _steps_per_second(lambda: step(next(loader)), options) * batch  # noqa: B023
                 took = time.perf_counter() - start
-                wait, host = waits.device_seconds() / took, waits.host_seconds / took
+                wait, host = ((new - old) / took for new, old in zip(loader.waits.total(), before, strict=True))
             row = [f"{launch}, decoder={decoder}", f"{alone:.0f}", f"{rate:.0f}", f"{rate / alone:.1%}"]
             rows.append([*row, f"{wait:.2%}", f"{host:.2%}"])
             found[f"{launch}, {decoder}"] = {

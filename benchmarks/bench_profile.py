@@ -151,7 +151,7 @@ def try_meters(shards: Path, out: Path, blocks: int, tensorboard: bool) -> Meter
             used: dict[bool, float] = {}
             for metered in (True, False) if number % 2 else (False, True):
                 start, cpu = time.perf_counter(), time.process_time()
-                metrics.start(loader.wait_seconds)
+                metrics.start(loader.waits)
                 for _ in range(BLOCK_STEPS):
                     batch = next(loader)
                     values = trainee.update(batch)
@@ -162,7 +162,7 @@ def try_meters(shards: Path, out: Path, blocks: int, tensorboard: bool) -> Meter
                         inside += (time.perf_counter() - begun) * bool(number)
                 if metered:
                     begun = time.perf_counter()
-                    metrics.flush(loader.wait_seconds, **mask_token_norm(trainee.model))
+                    metrics.flush(loader.waits, **mask_token_norm(trainee.model))
                     inside += (time.perf_counter() - begun) * bool(number)
                     total += (time.perf_counter() - start) * bool(number)
                 used[metered] = time.process_time() - cpu

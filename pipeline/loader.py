@@ -13,7 +13,6 @@ import dataclasses
 import functools
 import importlib.util
 import os
-import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from typing import Any, Self
@@ -34,6 +33,7 @@ from patchmill.pipeline.plan.masks import MaskPlan
 from patchmill.pipeline.plan.open_data import open_feeder
 from patchmill.pipeline.plan.spec import BatchSpec
 from patchmill.pipeline.read.threads import Prefetcher
+from patchmill.pipeline.waits import Waits
 
 Decoder = CpuDecoder | DaliDecoder | ResidentDecoder
 
@@ -110,16 +110,21 @@ class Loader:
     Attributes:
         steps_per_epoch: the same on every rank.
         num_samples: samples in the dataset.
-        wait_seconds: total time that the consumer has waited in `next`.
+        waits: how long the training stream, and the host, have waited for batches.
     """
 
     def __init__(self, maker: BatchMaker, config: DataConfig, fingerprint: dict[str, Any]) -> None:
         self.maker, self.config, self.fingerprint = maker, config, fingerprint
         self.steps_per_epoch = maker.feeder.steps_per_epoch
         self.num_samples = maker.feeder.num_samples
-        self.wait_seconds = 0.0
+        self.waits = Waits(maker.device)
         self._next = (0, 0)
         self._prefetcher: Prefetcher | None = None
+
+    @property
+    def wait_seconds(self) -> float:
+        """Total time that the host has waited in `next`."""
+        return self.waits.host_seconds
 
     @property
     def bad_samples(self) -> int:
@@ -134,12 +139,10 @@ class Loader:
             self._prefetcher = Prefetcher(self.maker.batches(*self._next), self.config.prefetch_batches)
         observer = self.maker.feeder.observer
         observer.queue(len(self._prefetcher))
-        start = time.perf_counter()
-        with observer.span("wait", self.maker.spec.local_batch):
+        with observer.span("wait", self.maker.spec.local_batch), self.waits.waiting():
             batch, ready = self._prefetcher.get(self.config.timeout_seconds)
             if ready is not None:
                 _hand_over(batch, ready)
-        self.wait_seconds += time.perf_counter() - start
         self.seek(batch.epoch, batch.step + 1, keep_running=True)
         return batch
 
@@ -264,37 +267,20 @@ def _has_dali() -> bool:
 
 
 def _make_decoder(config: DataConfig, feeder: AnyFeeder, device: torch.device, spec: BatchSpec) -> Decoder:
-    workers = config.workers or len(os.sched_getaffinity(0))
+    options: dict[str, Any] = {
+        "image_size": spec.size_hw,
+        "channels": spec.channels,
+        "interpolation": config.interpolation,
+        "workers": config.workers or len(os.sched_getaffinity(0)),
+    }
     name = config.decoder
     if name == "auto":
         name = "dali" if device.type == "cuda" and _has_dali() else "cpu"
     if name == "dali":
         if spec.channels > 4:
             raise ValueError(f"data.decoder=dali takes 1 to 4 channels, got {spec.channels}: use data.decoder=cpu")
-        return DaliDecoder(
-            feeder,
-            image_size=spec.size_hw,
-            channels=spec.channels,
-            interpolation=config.interpolation,
-            workers=workers,
-            batches_ahead=config.prefetch_batches,
-            device=device,
-        )
+        return DaliDecoder(feeder, **options, batches_ahead=config.prefetch_batches, device=device)
     if name == "resident":
-        return ResidentDecoder(
-            feeder,
-            image_size=spec.size_hw,
-            channels=spec.channels,
-            interpolation=config.interpolation,
-            workers=workers,
-            device=device,
-        )
-    return CpuDecoder(
-        feeder,
-        image_size=spec.size_hw,
-        channels=spec.channels,
-        interpolation=config.interpolation,
-        workers=workers,
-        batches_ahead=config.prefetch_batches,
-        pin_memory=device.type == "cuda",
-    )
+        return ResidentDecoder(feeder, **options, device=device, path=config.path)
+    pin_memory = device.type == "cuda"
+    return CpuDecoder(feeder, **options, batches_ahead=config.prefetch_batches, pin_memory=pin_memory)

@@ -1,4 +1,4 @@
-"""What the step benchmarks rest on: a captured step keeps its tensors, waits are the device's, shapes are right."""
+"""What the step benchmarks rest on: a captured step keeps its tensors, shapes are right."""
 
 import contextlib
 import gc
@@ -11,7 +11,6 @@ from torch import nn
 
 from benchmarks.attention_shapes import attention_facts, attention_shapes
 from benchmarks.bench_ceilings import attention_error
-from benchmarks.bench_dali_gpu import Waits
 from benchmarks.steps import Captured
 from patchmill.trainer.config.model import ModelConfig
 
@@ -70,53 +69,6 @@ def test_a_captured_step_keeps_what_its_graph_reads_and_writes():
     del captured, values
     gc.collect()
     assert all(reference() is None for reference in references)  # nothing else held them
-
-
-class FakeEvent:
-    """Time at which a simulated stream reaches it."""
-
-    def __init__(self, stream: "Simulated") -> None:
-        self.stream = stream
-
-    def record(self) -> None:
-        self.at = self.stream.device_time
-
-    def elapsed_time(self, other: "FakeEvent") -> float:
-        return (other.at - self.at) * 1e3
-
-
-class Simulated:
-    """A device and a loader whose batch k is ready after `ready[k]` s: the host waits for it, or the stream."""
-
-    def __init__(self, ready: list[float], host_waits: bool) -> None:
-        self.ready, self.host_waits = iter(ready), host_waits
-        self.host_time = self.device_time = 0.0
-
-    def __next__(self) -> str:
-        ready = next(self.ready)
-        if self.host_waits:
-            self.host_time = max(self.host_time, ready)
-        self.device_time = max(self.device_time, ready)
-        return "batch"
-
-    def step(self, seconds: float) -> None:
-        self.device_time = max(self.device_time, self.host_time) + seconds
-
-
-@pytest.mark.parametrize("host_waits", [True, False])
-def test_data_wait_is_idle_time_of_the_device(host_waits, monkeypatch):
-    """Steps of 1 s; the third batch comes half a second late. The host blocks in `next` for far longer."""
-    world = Simulated([0.0, 0.9, 2.5, 3.4], host_waits)
-    monkeypatch.setattr(torch.cuda, "Event", lambda enable_timing: FakeEvent(world))
-    monkeypatch.setattr("benchmarks.bench_dali_gpu.timing.wait_for", lambda device: None)
-    monkeypatch.setattr("benchmarks.bench_dali_gpu.time.perf_counter", lambda: world.host_time)
-    waits = Waits(world, torch.device("cuda"))  # type: ignore[arg-type]
-    for _ in range(4):
-        waits.next()
-        world.step(1.0)
-    assert waits.device_seconds() == pytest.approx(0.5)
-    assert waits.host_seconds == pytest.approx(3.4 if host_waits else 0.0)
-    assert Waits(iter([]), torch.device("cpu")).device_seconds() == 0.0  # type: ignore[arg-type]
 
 
 def test_shapes_of_attention_are_those_of_the_model():

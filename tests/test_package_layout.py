@@ -15,7 +15,7 @@ FOLDERS = ("kernels", "pipeline", "trainer", "tools")
 COMMAND_FILES = {path.stem for path in (ROOT / "tools").glob("*.py")} - {"cli", "demo"}
 ROOMS = [  # a room imports from its own line and from the lines above
     {"kernels"},
-    {"pipeline.config", "pipeline.atomic", "pipeline.observe"},
+    {"pipeline.config", "pipeline.atomic", "pipeline.observe", "pipeline.waits"},
     {"pipeline.read"},
     {"pipeline.plan"},
     {"pipeline.batch"},

@@ -102,7 +102,7 @@ class Loop:
         """
         train, trainee, loader, span = self.config.train, self.trainee, self.loader, self.observer.span
         saver, vote = Saver(Path(self.config.out), train, self.world), StopVote(self.world)
-        metrics.start(loader.wait_seconds)
+        metrics.start(loader.waits)
         step, ending = start, start == self.total_steps
         while not ending:
             self._set_image_size(step, metrics)
@@ -149,14 +149,14 @@ class Loop:
                 metrics.add_spectrum(step, epoch, take_spectrum(features))
         if due.picture:
             _draw(Path(self.config.out) / "pictures" / f"step-{step:08d}.png", model, batch, self.world)
-        metrics.start(self.loader.wait_seconds)
+        metrics.start(self.loader.waits)
 
     def _flush(self, metrics: Metrics) -> None:
         with self.observer.span("metrics", self.config.train.global_batch // self.world.size):
             watched = mask_token_norm(self.trainee.model)
             if self.phases:
                 watched["image_size"] = torch.tensor(self.trainee.model.input_hw[0])
-            metrics.flush(self.loader.wait_seconds, self.trainee.guard.names, **watched)
+            metrics.flush(self.loader.waits, self.trainee.guard.names, **watched)
         _check_skipped(metrics, self.config.train.max_skipped_steps)
 
     def _set_image_size(self, step: int, metrics: Metrics) -> None:

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, TextIO
 import torch
 from torch import Tensor, nn
 
+from patchmill.pipeline.waits import Waited, Waits
 from patchmill.trainer.engine.step import StepValues, whole
 from patchmill.trainer.engine.world import World
 from patchmill.trainer.evaluate.spectrum import Spectrum
@@ -41,7 +42,8 @@ class Metrics:
     """Collects a run's step values and writes them when flushed. Every rank has one; the first rank's writes.
 
     `latest` is the last line written: step, epoch, loss, lr, grad_norm, skipped, images_per_s, data_wait (share of wall
-    time spent waiting for the loader), memory_gb, and mfu if the device's peak is known. With U-MAE's term, whose
+    time in which the device waited for the loader), host_wait (share that the host spent in the loader's `next`, on a
+    GPU while the device may be busy), memory_gb, and mfu if the device's peak is known. With U-MAE's term, whose
     weighted value the loss includes: also reconstruction (the loss without it) and uniformity.
     """
 
@@ -67,7 +69,7 @@ class Metrics:
         """why the last skipped update was skipped, in words"""
         self.skipped = 0
         self._pending: list[_Pending] = []
-        self._clock, self._waited = time.perf_counter(), 0.0
+        self._clock, self._waited = time.perf_counter(), Waited()
         self._peak = device_peak(world.device)
         self._file: TextIO | None = None
         self._tensorboard: Any = None
@@ -81,19 +83,19 @@ class Metrics:
                 self._wandb = _open_wandb(run, wandb)
             self._file = open(run / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
 
-    def start(self, wait_seconds: float) -> None:
+    def start(self, waits: Waits) -> None:
         """Restarts the clock: time before it (loading, compiling, evaluating) does not count."""
-        self._clock, self._waited = time.perf_counter(), wait_seconds
+        self._waited, self._clock = waits.total(), time.perf_counter()
 
     def add(self, step: int, epoch: float, lr: float, values: StepValues, sample_ids_B: Tensor) -> None:
         """Keeps an update's values on the device; `step` counts updates done, from 1."""
         self._pending.append(_Pending(step, epoch, lr, values, sample_ids_B))
 
-    def flush(self, wait_seconds: float, names: Sequence[str] = (), **watched: Tensor) -> None:
+    def flush(self, waits: Waits, names: Sequence[str] = (), **watched: Tensor) -> None:
         """Fetches the pending values in one copy and writes a line for each step.
 
         Args:
-            wait_seconds: total time so far that the trainer has waited for the loader.
+            waits: of the loader.
             names: `Guard.names`, to name the gradient that was not finite.
             watched: current values to add to every line.
         """
@@ -102,10 +104,13 @@ class Metrics:
         rows = torch.stack([torch.stack(each.values) for each in self._pending]).tolist()
         now = time.perf_counter()
         rate = len(rows) * self.global_batch / (now - self._clock)
-        wait = min((wait_seconds - self._waited) / (now - self._clock), 1.0)
+        waited = waits.total()  # the copy above has waited for the device, so this does not
+        shares = [min((new - old) / (now - self._clock), 1.0) for new, old in zip(waited, self._waited, strict=True)]
+        data_wait, host_wait = shares
         now_values = {
             "images_per_s": round(rate, 2),
-            "data_wait": round(wait, 5),
+            "data_wait": round(data_wait, 5),
+            "host_wait": round(host_wait, 5),
             "memory_gb": peak_memory_gb(self.world.device),
         }
         if self._peak:
@@ -130,7 +135,7 @@ class Metrics:
         if self._file is not None:
             self._file.flush()
         self._pending.clear()
-        self._clock, self._waited = now, wait_seconds
+        self._clock, self._waited = now, waited
 
     def add_evaluation(self, step: int, epoch: float, found: dict[str, float]) -> None:
         """Writes a line to evaluations.jsonl and the values to the other sinks."""

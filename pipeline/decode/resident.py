@@ -2,12 +2,15 @@
 
 For images that all have one size and fit into the device's memory (CIFAR-10 is 154 MB). A batch is a gather and two
 batched products: the antialiased filter along rows and along columns, written as matrices of its weights. Windows,
-flips and replacements of bad samples are the same as with every decoder; no image is decoded twice.
+flips and replacements of bad samples are the same as with every decoder; no image is decoded twice. Later loaders of
+the process that need the same images on the same device find them there.
 
 Shapes: N samples, B rows of a batch, H W the stored size, O the size asked for, C channels.
 """
 
+import threading
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -20,6 +23,22 @@ from patchmill.pipeline.read.threads import Pool
 
 CHUNK = 256  # samples of one task while the dataset is read
 MAX_BYTES = 32 << 30  # of decoded images
+KEPT_BYTES = 4 << 30  # of decoded images that stay on the device for the next loader of this process
+
+
+class Residents(NamedTuple):
+    """The decoded images of a dataset."""
+
+    images_NHCW: Tensor
+    """uint8, on the device"""
+    bad_N: np.ndarray
+    """bool: samples that cannot be read or decoded"""
+
+
+_kept: dict[tuple, Residents] = {}
+"""at most one entry: dataset, channels and device, and its images"""
+_lock = threading.Lock()
+"""held while images are read: a second loader waits for them and does not read them too"""
 
 
 class ResidentDecoder:
@@ -32,6 +51,7 @@ class ResidentDecoder:
         interpolation: "bicubic" or "bilinear"; both antialiased.
         workers: threads that read and decode, once.
         device: keeps the images.
+        path: of the dataset.
 
     Raises:
         ValueError: the feeder is a stream, or images have several sizes or need more than MAX_BYTES.
@@ -46,35 +66,52 @@ class ResidentDecoder:
         interpolation: str,
         workers: int,
         device: torch.device,
+        path: str,
     ) -> None:
         if not isinstance(feeder, Feeder):
             raise ValueError("data.decoder=resident needs a packed dataset, not a stream of tars: use data.decoder=cpu")
         self.feeder, self.image_size, self.channels = feeder, image_size, channels
         self.interpolation, self.workers, self.device = interpolation, workers, device
         self.size_hw = _common_size(feeder, channels)
-        self.images_NHCW: Tensor | None = None
-        self.bad_N = np.zeros(feeder.num_samples, dtype=np.bool_)
+        # Equal datasets at two paths may differ in their damage.
+        self.key = (path, feeder.store.fingerprint, channels, str(device))
+        self.residents: Residents | None = None
 
     def batches(self, epoch: int, step: int) -> Iterator[tuple[StepPlan, Tensor]]:
         """Yields plans and their images (uint8 `[B, H, W, C]`, on the device) from a step on, without end."""
-        if self.images_NHCW is None:
-            self.images_NHCW = self._read_all()
+        if self.residents is None:
+            self.residents = self._find_or_read()
+        images_NHCW, bad_N = self.residents
         for plan in self.feeder.plans(epoch, step):
-            self._replace_bad(plan)
+            self._replace_bad(plan, bad_N)
             with self.feeder.observer.span("decode", len(plan.sample_ids_B)):
-                images = self._cut(self.images_NHCW, plan)
+                images = self._cut(images_NHCW, plan)
             yield plan, images
 
-    def _read_all(self) -> Tensor:
+    def _find_or_read(self) -> Residents:
+        with _lock:
+            if self.key in _kept:
+                return _kept[self.key]
+            _kept.clear()  # first: the device may not have room for both
+            residents = self._read_all()
+            if residents.images_NHCW.nbytes <= KEPT_BYTES:
+                _kept[self.key] = residents
+            return residents
+
+    def _read_all(self) -> Residents:
         height, width = self.size_hw
         images_NHWC = torch.empty(self.feeder.num_samples, height, width, self.channels, dtype=torch.uint8)
+        bad_N = np.zeros(len(images_NHWC), dtype=np.bool_)
         with Pool(self.workers, "patchmill-decode") as pool:
             starts = range(0, len(images_NHWC), CHUNK)
-            for task in [pool.submit(self._read, images_NHWC.numpy(), lo) for lo in starts]:
+            for task in [pool.submit(self._read, images_NHWC.numpy(), bad_N, lo) for lo in starts]:
                 task.result()
-        return images_NHWC.permute(0, 1, 3, 2).to(self.device).contiguous()
+        images_NHCW = images_NHWC.permute(0, 1, 3, 2).to(self.device).contiguous()
+        if self.device.type == "cuda":
+            torch.cuda.current_stream(self.device).synchronize()  # another loader uses another stream
+        return Residents(images_NHCW, bad_N)
 
-    def _read(self, images_NHWC: np.ndarray, lo: int) -> None:
+    def _read(self, images_NHWC: np.ndarray, bad_N: np.ndarray, lo: int) -> None:
         ids = np.arange(lo, min(lo + CHUNK, len(images_NHWC)))
         for index, data in zip(ids.tolist(), self.feeder.store.read(ids), strict=True):
             try:
@@ -83,14 +120,14 @@ class ResidentDecoder:
                     continue
             except ValueError:
                 pass  # recorded, with its reason, when the order reaches it
-            images_NHWC[index], self.bad_N[index] = 0, True
+            images_NHWC[index], bad_N[index] = 0, True
 
     def _decode(self, data: bytes, size_hw: tuple[int, int]) -> ImageHWC:
         return decode_image(data, self.channels, size_hw)
 
-    def _replace_bad(self, plan: StepPlan) -> None:
+    def _replace_bad(self, plan: StepPlan, bad_N: np.ndarray) -> None:
         """Has the feeder replace each bad sample, as for every decoder."""
-        for slot in np.flatnonzero(self.bad_N[plan.sample_ids_B[:: self.feeder.repeats]]).tolist():
+        for slot in np.flatnonzero(bad_N[plan.sample_ids_B[:: self.feeder.repeats]]).tolist():
             (data,) = self.feeder.fetch(plan, slot, slot + 1)
             self.feeder.decoded(plan, slot, data, self._decode)
 

@@ -125,11 +125,13 @@ def _step(step: dict[str, Any]) -> Iterator[Table]:
 
 
 def _train(train: dict[str, Any]) -> Iterator[Table]:
-    seconds = train["step_seconds"]
+    seconds, wait = train["step_seconds"], f"{train['data_wait']:.1%} of the time"
+    if train.get("host_wait", train["data_wait"]) != train["data_wait"]:  # a GPU: the host waits there for the device
+        wait += f" ({train['host_wait']:.1%} for the host, which runs ahead)"
     facts = [
         ("rate", f"{train['images_per_s']:,.1f} images/s over {train['steps']} steps of {train['batch']}"),
         ("a step", f"{_milli(seconds['median'])}{_spread(seconds)}, p99 {train['p99_ms']:,.1f} ms"),
-        ("data wait", f"{train['data_wait']:.1%} of the time; {train['overlap']:.1%} of the loader's work is hidden"),
+        ("data wait", f"{wait}; {train['overlap']:.1%} of the loader's work is hidden"),
         ("update", f"{train['update_share']:.1%}; metrics {train['meters_share']:.2%}"),
         ("slow steps", train["slow_steps"] or "none"),
         ("explained", f"{train['explained']:.1%} of the wall time of the loop"),

@@ -1,7 +1,7 @@
 """Runs the real training loop for a while and tells where its time goes: data wait, update, metrics; slow steps, ranks.
 
 `pretrain` itself runs in a folder that is thrown away; an observer times it. It ends after the same step on all ranks,
-from within its progress call. On a GPU the host runs ahead, so CUDA events time the updates.
+from within its progress call. On a GPU the host runs ahead, so CUDA events time the updates and the waits for data.
 """
 
 import os
@@ -14,6 +14,7 @@ from tempfile import TemporaryDirectory
 import torch
 
 from patchmill.pipeline.observe import Span
+from patchmill.pipeline.waits import record_event
 from patchmill.tools.profiler import bottleneck
 from patchmill.tools.profiler.bottleneck import CORES, DEVICE, FRONT, STEP, THREADS, Model, Stage, Verdict, straggler
 from patchmill.tools.profiler.loader_bound import HOLDERS
@@ -60,9 +61,11 @@ class TrainProfile:
     every_step: list[float]
     """seconds of each step, in order"""
     every_wait: list[float]
-    """of these, waiting for data"""
+    """of these, the device waiting for data"""
     data_wait: float
     """share of the wall time"""
+    host_wait: float
+    """share of the wall time that the host spent in the loader's `next`; equal to data_wait on a CPU"""
     overlap: float
     """share of the loader's work that was done while the device worked"""
     update_share: float
@@ -131,7 +134,8 @@ class Watcher(Spans):
     Attributes:
         steps: seconds of each measured step.
         taken: seconds of each span of the loop's thread, by name.
-        ranks, seen, around: at the end: the ranks' own times, all spans, and what else was running.
+        ranks, seen, around, host_wait: at the end: the ranks' own times, all spans, what else was running, and the
+            host's seconds in `next`.
     """
 
     def __init__(self, world: World, seconds: float) -> None:
@@ -139,12 +143,12 @@ class Watcher(Spans):
         self.world, self.seconds = world, seconds
         self.steps: list[float] = []
         self.taken: dict[str, list[float]] = {name: [] for name in ("wait", "update", "forward", "metrics")}
-        self.events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        self.events: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {"wait": [], "update": []}
         self.done, self.target, self.last = 0, 0, 0.0
 
     def span(self, name: Span, images: int) -> Stopwatch:
-        """Measures one span: updates with the device's clock, and metrics without the updates they wait for."""
-        if name == "update" and self.world.device.type == "cuda":
+        """Measures one span: waits and updates by the device too, and metrics without the updates they wait for."""
+        if name in self.events and self.world.device.type == "cuda":
             return Events(self, name)
         if name == "metrics":
             wait_for(self.world.device)
@@ -169,7 +173,8 @@ class Watcher(Spans):
             for each in self.taken.values():
                 each.clear()
             self.lengths.clear()
-            self.events.clear()
+            for each in self.events.values():
+                each.clear()
             self.before, self.around = self.since(), Neighbours().__enter__()
         if self.target and len(self.steps) >= self.target:
             self._finish()
@@ -180,26 +185,27 @@ class Watcher(Spans):
         wait_for(self.world.device)
         self.around.__exit__()
         self.seen = self.since(self.before)
-        if self.events:
-            self.taken["update"] = [first.elapsed_time(last) / 1e3 for first, last in self.events]
+        self.host_wait = sum(self.taken["wait"])
+        for name, events in self.events.items():
+            if events:
+                self.taken[name] = [first.elapsed_time(last) / 1e3 for first, last in events]
         medians = [statistics.median(self.taken[name] or [0.0]) for name in ("wait", "forward")]
         gathered = [row.tolist() for row in self.world.gather(torch.tensor(medians))]
         self.ranks = [RankTime(rank, wait, forward, wait + forward) for rank, (wait, forward) in enumerate(gathered)]
 
 
 class Events(Stopwatch):
-    """Measures an update between two events of the device."""
+    """Measures a span between two events of the device as well."""
 
     spans: Watcher
 
     def __enter__(self) -> "Events":
-        self.first, self.second = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        self.first.record()
-        return self
+        self.first = record_event(self.spans.world.device)
+        return super().__enter__()
 
     def __exit__(self, *exception: object) -> None:
-        self.second.record()
-        self.spans.events.append((self.first, self.second))
+        super().__exit__(*exception)
+        self.spans.events[self.name].append((self.first, record_event(self.spans.world.device)))
 
 
 def _profile(watcher: Watcher, config: PretrainConfig) -> TrainProfile:
@@ -215,7 +221,8 @@ def _profile(watcher: Watcher, config: PretrainConfig) -> TrainProfile:
     return TrainProfile(
         batch=rows, world_size=size, steps=len(steps), images_per_s=len(steps) * rows * size / wall,
         step_seconds=Measured.of(steps), p99_ms=1e3 * percentiles(steps)[2], every_step=steps, every_wait=waits,
-        data_wait=wait / wall, overlap=max(0.0, 1 - wait / busy) if busy else 1.0,
+        data_wait=wait / wall, host_wait=watcher.host_wait / wall,
+        overlap=max(0.0, 1 - wait / busy) if busy else 1.0,
         update_share=updating / wall, meters_share=meters / wall, explained=min(1.0, (wait + updating + meters) / wall),
         queue_mean=statistics.mean(watcher.lengths), queue_size=config.data.prefetch_batches,
         slow_steps=_slow_steps(steps, waits), others=watcher.around.others, ranks=watcher.ranks,
