@@ -2,8 +2,8 @@
 
 IMAGES is a folder or .zip of JPEGs. Runs the loader with DALI's CPU backend and reports three things: CPU microseconds
 a sample that the feeding thread spends in DALI's `feed_input` (most of it holding the interpreter's lock), how late a
-thread wakes that sleeps for a millisecond meanwhile, and images/s. The checksum of all batches shows whether two versions
-decode the same bits.
+thread wakes that sleeps for a millisecond meanwhile, and images/s. The checksum of all batches shows whether two
+versions decode the same bits.
 """
 
 import argparse

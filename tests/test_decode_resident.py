@@ -1,13 +1,14 @@
 """The resident decoder: the CPU decoder's images and plans from pictures that were decoded once."""
 
-import numpy as np
 import pytest
 import torch
 
 from patchmill.pipeline.config import MaskConfig
+from patchmill.pipeline.decode import resident
 from patchmill.pipeline.decode.cpu import INTERPOLATIONS
 from patchmill.pipeline.decode.resident import filter_weights
 from patchmill.pipeline.loader import DataConfig, build_loader
+from patchmill.pipeline.read.shards import ShardReader
 from tests.support.damage import flip_a_bit
 from tests.support.photos import make_dataset
 
@@ -17,6 +18,13 @@ COUNT = 24
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory):
     return make_dataset(tmp_path_factory.mktemp("resident"), count=COUNT, sides=(48, 48))
+
+
+@pytest.fixture(autouse=True)
+def _nothing_kept():
+    resident._kept.clear()
+    yield
+    resident._kept.clear()
 
 
 def open_loader(path, decoder, size=32, **options):
@@ -107,16 +115,45 @@ def test_what_needs_too_much_memory_is_refused(dataset, monkeypatch):
         open_loader(dataset, "resident")
 
 
-def test_all_bytes_are_read_once(dataset, monkeypatch):
+@pytest.fixture
+def reads(monkeypatch):
+    """Ids of all samples that are read."""
+    ids, read = [], ShardReader.read
+
+    def counting_read(self, sample_ids_B):
+        ids.extend(sample_ids_B.tolist())
+        return read(self, sample_ids_B)
+
+    monkeypatch.setattr(ShardReader, "read", counting_read)
+    return ids
+
+
+def test_all_bytes_are_read_once_in_a_process(dataset, reads):
     with open_loader(dataset, "resident") as loader:
-        store, counted = loader.maker.feeder.store, []
-        read = store.read
+        first = [next(loader).images for _ in range(3 * loader.steps_per_epoch)]
+    assert sorted(reads) == list(range(COUNT))
+    with open_loader(dataset, "resident") as loader:
+        again = [next(loader).images for _ in range(3 * loader.steps_per_epoch)]
+    batches(dataset, "resident", size=16)
+    assert len(reads) == COUNT
+    assert torch.equal(torch.stack(first), torch.stack(again))
 
-        def counting_read(ids):
-            counted.append(ids)
-            return read(ids)
 
-        monkeypatch.setattr(store, "read", counting_read)
-        for _ in range(3 * loader.steps_per_epoch):
-            next(loader)
-    assert sorted(np.concatenate(counted).tolist()) == list(range(COUNT))
+def test_one_dataset_is_kept_and_only_for_loaders_of_the_same(dataset, tmp_path, reads):
+    other = make_dataset(tmp_path, count=COUNT, sides=(48, 48))
+    flip_a_bit(other, 5)  # the manifest, and with it the fingerprint, is that of the whole dataset
+    batches(dataset, "resident")
+    with open_loader(other, "resident") as loader:
+        for _ in range(loader.steps_per_epoch):
+            assert 5 not in next(loader).sample_ids
+        assert loader.bad_samples == 1
+    assert len(resident._kept) == 1
+    before = len(reads)
+    batches(dataset, "resident")
+    assert len(reads) == before + COUNT
+
+
+def test_a_large_dataset_is_not_kept(dataset, monkeypatch):
+    monkeypatch.setattr(resident, "KEPT_BYTES", COUNT * 48 * 48 * 3 - 1)
+    batches(dataset, "resident")
+    assert not resident._kept

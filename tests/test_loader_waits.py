@@ -74,7 +74,7 @@ def loader_times(batches: int, stalls: dict[int, float]) -> list[float]:
 
 @pytest.mark.parametrize("host_waits", [True, False])
 def test_a_late_batch_counts_wherever_it_is_waited_for(host_waits):
-    """Steps of 1 s; the third batch comes half a second late. The host blocks in `next` for far longer, or not at all."""
+    """Steps of 1 s; the third batch comes half a second late. The host blocks in `next` for longer, or not at all."""
     world = Simulated([0.0, 0.9, 2.5 + LAUNCH, 3.4], host_waits)
     for _ in range(4):
         world.next()
