@@ -270,11 +270,12 @@ def check_masked_loss(case: Case, dtype: torch.dtype, device: str, power: int = 
 def check_add_norm(rows: int, width: int, dtype: torch.dtype, device: str) -> None:
     """Sum, norm and gradients equal those of an addition and PyTorch's LayerNorm, of the sum as it was rounded."""
     name = f"add_norm, {rows} x {width}: "
-    leaves = [torch.randn(rows, width, device=device).to(dtype).requires_grad_() for _ in range(2)]
-    leaves += [torch.randn(width, device=device).requires_grad_() for _ in range(2)]
+    x, delta = (torch.randn(rows, width, device=device).to(dtype).requires_grad_() for _ in range(2))
+    weight, bias = (torch.randn(width, device=device).requires_grad_() for _ in range(2))
+    leaves = (x, delta, weight, bias)
+    found = add_norm(x, delta, weight, bias)
     x, delta, weight, bias = (leaf.detach().double().requires_grad_() for leaf in leaves)
     grads = [torch.randn(rows, width, device=device).to(dtype) for _ in range(2)]
-    found = add_norm(*leaves)
     torch.autograd.backward(found, grads)
     total = x + delta
     rounded = total + (found[0].double() - total).detach()

@@ -5,8 +5,9 @@ A warp holds whole rows in blocks that fit the width, so that sums need no barri
 
 # Kernel arguments have no Python types.
 # mypy: allow-untyped-defs, allow-incomplete-defs
-# Triton joins tuples with +, it does not unpack them.
+# Triton joins tuples with +, it does not unpack them; they start empty and grow.
 # ruff: noqa: RUF005
+# mypy: disable-error-code="assignment,var-annotated"
 
 import torch
 import triton

@@ -9,8 +9,9 @@ sizes.
 
 # Kernel arguments have no Python types.
 # mypy: allow-untyped-defs, allow-incomplete-defs
-# Triton joins tuples with +, it does not unpack them.
+# Triton joins tuples with +, it does not unpack them; they start empty and grow.
 # ruff: noqa: RUF005
+# mypy: disable-error-code="assignment,var-annotated"
 
 from collections.abc import Sequence
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from patchmill.kernels.gather_triton import tile_rows
 
-TOKEN_ROWS, TOKEN_COLUMNS = 16, 256  # a warp reads 256 bf16 values of a row as 32 loads of 16 bytes
+TILE_VALUES, TOKEN_COLUMNS = 4096, 256  # a warp reads 256 bf16 values of a row as 32 loads of 16 bytes
 NONE = tl.constexpr(2**31 - 1)  # no place: beyond every row
 
 
@@ -98,15 +98,21 @@ def gather_tokens_backward_kernel(
     tl.store(p_dx + i_b.to(tl.int64) * N * D + o_dx, b_sum.to(p_dx.dtype.element_ty), mask=m_rd)
 
 
+def column_block(width: int) -> int:
+    """Columns of a tile: as many as pad the width by an eighth at most, so that a warp reads 256 where they fit."""
+    return next((b for b in (TOKEN_COLUMNS, 128, 64) if triton.cdiv(width, b) * b * 8 <= width * 9), 32)
+
+
 def token_tile(width: int) -> dict[str, int]:
-    """Rows, columns and warps of a tile of tokens: the widest columns that pad the width least."""
-    block = min((32, 64, 128, TOKEN_COLUMNS), key=lambda b: (triton.cdiv(width, b) * b, -b))
-    return {"R": TOKEN_ROWS, "BD": block, "num_warps": max(1, block // 64)}
+    """Rows, columns and warps of a tile of tokens: 32 values a thread."""
+    block = column_block(width)
+    return {"R": TILE_VALUES // block, "BD": block, "num_warps": 4}
 
 
 def token_grid(batch: int, num_rows: int, width: int) -> tuple[int, int]:
     """Programs over images and tiles of their rows, and over columns."""
-    return batch * triton.cdiv(num_rows, TOKEN_ROWS), triton.cdiv(width, token_tile(width)["BD"])
+    tile = token_tile(width)
+    return batch * triton.cdiv(num_rows, tile["R"]), triton.cdiv(width, tile["BD"])
 
 
 def gather_tokens(x_BND: Tensor, ids_BK: Tensor, pos_ND: Tensor | None, num_prefix: int) -> Tensor:

@@ -6,17 +6,18 @@ store; the tile's positions are read once for all of them.
 
 # Kernel arguments have no Python types.
 # mypy: allow-untyped-defs, allow-incomplete-defs
-# Triton joins tuples with +, it does not unpack them.
+# Triton joins tuples with +, it does not unpack them; they start empty and grow.
 # ruff: noqa: RUF005
+# mypy: disable-error-code="assignment,var-annotated"
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from patchmill.kernels.tokens_triton import token_tile
+from patchmill.kernels.tokens_triton import column_block
 
-TILE_ROWS, TILE_IMAGES = 4, 8  # a warp has one row of a tile, and the tokens of eight images under way
+TILE_VALUES, TILE_IMAGES = 1024, 8  # 8 values a thread, of eight images at once
 
 
 @triton.jit
@@ -104,16 +105,16 @@ def unshuffle_backward_kernel(
     tl.store(p_partial + i_partial.to(tl.int64) * E + o_e, tl.sum(b_sum, axis=0), mask=m_e)
 
 
-def tile_options(width: int) -> dict[str, int]:
-    """Tile of both directions: 8 values a thread and image."""
-    block = token_tile(width)["BD"]
-    return {"R": TILE_ROWS, "BE": block, "IMAGES": TILE_IMAGES, "num_warps": max(1, block // 64)}
+def tile_options(batch: int, width: int) -> dict[str, int]:
+    """Tile of both directions: rows, columns, images and warps."""
+    block, images = column_block(width), min(TILE_IMAGES, triton.next_power_of_2(batch))
+    return {"R": TILE_VALUES // block, "BE": block, "IMAGES": images, "num_warps": 4}
 
 
 def tile_grid(batch: int, num_rows: int, width: int) -> tuple[int, int, int]:
     """Programs over token rows, columns and groups of images."""
-    columns = triton.cdiv(width, tile_options(width)["BE"])
-    return triton.cdiv(num_rows, TILE_ROWS), columns, triton.cdiv(batch, TILE_IMAGES)
+    tile = tile_options(batch, width)
+    return triton.cdiv(num_rows, tile["R"]), triton.cdiv(width, tile["BE"]), triton.cdiv(batch, tile["IMAGES"])
 
 
 def unshuffle(x_BNE: Tensor, mask_token_E: Tensor, pos: Tensor, ids_restore_BL: Tensor, num_prefix: int) -> Tensor:
@@ -132,7 +133,7 @@ def unshuffle(x_BNE: Tensor, mask_token_E: Tensor, pos: Tensor, ids_restore_BL: 
             L=ids_restore_BL.shape[1],
             E=width,
             num_prefix=num_prefix,
-            **tile_options(width),
+            **tile_options(batch, width),
         )
     return out
 
@@ -156,6 +157,6 @@ def unshuffle_backward(
             L=ids_restore_BL.shape[1],
             E=width,
             num_prefix=num_prefix,
-            **tile_options(width),
+            **tile_options(batch, width),
         )
     return dx, partial.sum(0)

@@ -51,7 +51,7 @@ def model_launches(patch: int, size: int, width: int, dtype: torch.dtype) -> dic
         (loss, "masked_loss", pred, images, mask, patch, MEAN, STD, False, 1, False),
         (loss, "masked_loss_backward", meta(dtype=torch.float32), pred),
     )
-    launches = {}
+    launches: dict[str, Any] = {}
     for i, (module, launcher, *args) in enumerate(calls):
         launches |= {f"{i} {launch.name}": launch for launch in record_launches(module, launcher, *args)}
     return launches

@@ -3,6 +3,8 @@
 docs/performance.md has the same figures. Instructions of a warp, registers, bytes of stack (spills), shared memory.
 """
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -32,7 +34,7 @@ def attention_launches(tokens: int, heads: int, width: int) -> list:
     ]
 
 
-LIMITS = {
+LIMITS: dict[str, tuple[Any, ...]] = {
     "add_norm, 512": (norm_launches, (512,), (710, 104, 0, 4096), (720, 128, 0, 16384)),
     "add_norm, 768": (norm_launches, (768,), (740, 128, 0, 4096), (1190, 168, 0, 16384)),
     "attention, 50 x 64": (attention_launches, (50, 12, 64), (930, 128, 0, 32768), (980, 255, 0, 49152)),

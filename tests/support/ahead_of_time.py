@@ -115,7 +115,7 @@ def _read_usage(cubin: bytes, shared_bytes: int) -> Usage:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        commands = [[tools / "cuobjdump", "--dump-resource-usage"], [tools / "nvdisasm", "--print-code"]]
+        commands = [[str(tools / "cuobjdump"), "--dump-resource-usage"], [str(tools / "nvdisasm"), "--print-code"]]
         outputs = [subprocess.run([*c, file.name], check=True, capture_output=True, text=True).stdout for c in commands]
     numbers = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", outputs[0])}
     codes = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", outputs[1])
