@@ -31,6 +31,7 @@ from benchmarks.attention_shapes import (
     stacks,
     torch_choice,
 )
+from benchmarks.clocks import hold_product
 from benchmarks.pages import markdown_table, write_page
 from benchmarks.steps import RECIPES
 from patchmill.kernels.permute import mask_indices
@@ -257,7 +258,7 @@ def main(argv: list[str]) -> int:
     options = parser.parse_args(argv)
     torch.manual_seed(0)
     device, dtype = options.device, torch.bfloat16
-    held = timing.hold_product(torch.device(device))
+    held = hold_product(torch.device(device))
     copy = timing.copy_bytes_per_second(device, repeats=REPEATS)
     peak = held or timing.matmul_flops_per_second(device, dtype)
     facts = {"command": f"python -m benchmarks.bench_ceilings {' '.join(argv)}", **timing.environment(device)}

@@ -26,7 +26,7 @@ from benchmarks.steps import RECIPES, random_images
 from patchmill.pipeline.config import MaskConfig
 from patchmill.pipeline.plan.masks import MaskPlan
 from patchmill.tools.profiler.machine import today
-from patchmill.tools.profiler.timing import Measured, Neighbours, environment, timed_in_turns
+from patchmill.tools.profiler.timing import Neighbours, environment, measured, timed_in_turns
 from patchmill.trainer.config.model import ModelConfig
 from patchmill.trainer.engine.world import hold_memory
 from patchmill.trainer.model.build import build_model
@@ -80,16 +80,16 @@ def main() -> int:
     clock = time.perf_counter if device.type == "cuda" else time.process_time
     with Neighbours() as neighbours:
         taken = timed_in_turns(steps, str(device), options.repeats, clock)
-    seconds = {name: Measured.of(values) for name, values in taken.items()}
+    seconds = {name: measured(values) for name, values in taken.items()}
     first = next(iter(models))
     rows = [
         [
             name,
             f"{flops[name] / 1e9:.1f}",
             f"{flops[name] / flops[first]:.2f}",
-            f"{seconds[name].median / options.batch:.4f}",
-            f"{seconds[name].low / options.batch:.4f} to {seconds[name].high / options.batch:.4f}",
-            f"{seconds[name].median / seconds[first].median:.2f}",
+            f"{seconds[name]['median'] / options.batch:.4f}",
+            f"{seconds[name]['low'] / options.batch:.4f} to {seconds[name]['high'] / options.batch:.4f}",
+            f"{seconds[name]['median'] / seconds[first]['median']:.2f}",
         ]
         for name in models
     ]

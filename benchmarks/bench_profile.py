@@ -114,12 +114,12 @@ def try_precision(seconds: float) -> Outcome:
         train__precision="fp32", device="cpu",
     )  # fmt: skip
     before = measure_step(config, CPU, seconds, None)
-    trial = next((trial for trial in before.trials if "bf16" in trial.how), None)
+    trial = next((trial for trial in before["trials"] if "bf16" in trial.how), None)
     if trial is None:
         raise SystemExit("bf16 was not tried, since a step took too long: run this on a freer machine")
     after = measure_step(with_options(config, train__precision="bf16"), CPU, seconds, None)
-    wall = before.seconds.median / after.seconds.median
-    cpu = before.cpu_seconds / after.cpu_seconds
+    wall = before["seconds"]["median"] / after["seconds"]["median"]
+    cpu = before["cpu_seconds"] / after["cpu_seconds"]
     return Outcome(trial.title + " (step)", trial.how, 1 / trial.factors["step"], [wall], [cpu])
 
 
@@ -221,8 +221,8 @@ def main() -> None:
         step = measure_step(config, CPU, 4 * arguments.seconds, None)
         train = measure_train(config, CPU, 4 * arguments.seconds)
         lines = [
-            f"Explained: {step.explained:.1%} of a profiled step of mae-tiny lies in its parts, {train.explained:.1%} "
-            "of its training loop in data wait, update and metrics.",
+            f"Explained: {step['explained']:.1%} of a profiled step of mae-tiny lies in its parts, "
+            f"{train['explained']:.1%} of its training loop in data wait, update and metrics.",
             "",
         ]
         for tensorboard in (True, False):

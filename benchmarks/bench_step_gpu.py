@@ -24,6 +24,7 @@ import torch.compiler.config
 from torch.nn.attention import sdpa_kernel
 
 from benchmarks.attention_shapes import BACKENDS, attention_facts
+from benchmarks.clocks import hold_product
 from benchmarks.kernel_profile import Profile, profile_lines, profile_step
 from benchmarks.pages import markdown_table, write_page
 from benchmarks.steps import MASK, RECIPES, Compiled, Step, ours, published, random_images
@@ -146,7 +147,7 @@ def measure(kind: Builders, results: Results, config: ModelConfig) -> None:
             results.failures[name] = f"failed ({str(error).strip().splitlines()[0]})"
     if not options.rounds:
         return
-    if held := timing.hold_product(device):
+    if held := hold_product(device):
         results.held.append(held)
     for number in range(options.rounds):
         for name in list(steps)[:: 1 if number % 2 else -1]:
@@ -187,7 +188,7 @@ def sweep(batches: Sequence[int], results: Results, config: ModelConfig) -> None
     for batch in batches:
         torch.compiler.reset()  # one function may be compiled for so many shapes only
         images = random_images(config, batch, device)
-        if held := timing.hold_product(device, 1.0):
+        if held := hold_product(device, 1.0):
             results.held.append(held)
         try:
             step, _ = warmed(lambda images=images: ours(config, images, "blocks"), device)  # type: ignore[misc]

@@ -14,7 +14,7 @@ from patchmill.tools.profiler.bottleneck import FRONT, STEP, THREADS, judge
 from patchmill.tools.profiler.loader import measure_loader
 from patchmill.tools.profiler.loader_bound import loader_model
 from patchmill.tools.profiler.remedies import remedies
-from patchmill.tools.profiler.train import measure_train
+from patchmill.tools.profiler.train import judge_train, measure_train
 from patchmill.trainer.engine.step import Guard
 from patchmill.trainer.model.mae import MaskedAutoencoder
 from patchmill.trainer.recipes.pretrain import get_recipe, with_options
@@ -59,7 +59,7 @@ def test_a_throttled_disk(dataset, tmp_path, monkeypatch):
     verdict = judge(loader_model(profile))
     assert (verdict.stage, verdict.resource) == ("storage", THREADS)
     assert "storage binds the loader" in verdict.sentence
-    assert profile.storage["cold"].p50_ms >= 15
+    assert profile["storage"]["cold"]["p50_ms"] >= 15
     assert "reads that never wait" in [remedy.title for remedy in remedies(loader_model(profile), [], repeats=1)]
 
 
@@ -80,8 +80,8 @@ def test_a_slow_host_copy(dataset, tmp_path, monkeypatch):
 def test_a_slow_step(dataset, tmp_path, monkeypatch):
     monkeypatch.setattr(Guard, "skip", slowly(Guard.skip, 0.1))
     train = measure_train(config(dataset, tmp_path), CPU, SECONDS)
-    assert train.judge(None).stage == STEP
-    assert train.data_wait < 0.5 < train.update_share
+    assert judge_train(train, None).stage == STEP
+    assert train["data_wait"] < 0.5 < train["update_share"]
 
 
 def slow_rank(rank, dataset, out):
@@ -92,7 +92,8 @@ def slow_rank(rank, dataset, out):
         MaskedAutoencoder.forward = slowly(forward, 0.2)  # type: ignore[method-assign]
     train = measure_train(config(dataset, out), CPU, SECONDS)
     if rank == 0:
-        out.joinpath("verdict.json").write_text(json.dumps([train.judge(None).stage, train.judge(None).sentence]))
+        verdict = judge_train(train, None)
+        out.joinpath("verdict.json").write_text(json.dumps([verdict.stage, verdict.sentence]))
 
 
 def test_a_straggling_rank(dataset, tmp_path):

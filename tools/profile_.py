@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import tyro
 from rich.console import Console
 
@@ -27,17 +26,18 @@ from patchmill.tools.profiler import diff as profile_diff
 from patchmill.tools.profiler import report as profile_report
 from patchmill.tools.profiler import tables as profile_tables
 from patchmill.tools.profiler.bottleneck import CORES, Model, Verdict, judge
-from patchmill.tools.profiler.charts import write_pngs
+from patchmill.tools.profiler.charts import write_charts
 from patchmill.tools.profiler.kernels import measure_kernels
-from patchmill.tools.profiler.loader import LoaderProfile, measure_loader
+from patchmill.tools.profiler.loader import measure_loader
 from patchmill.tools.profiler.loader_bound import loader_model, with_step
 from patchmill.tools.profiler.page import page
 from patchmill.tools.profiler.remedies import Remedy, Trial, measure_trials, remedies
-from patchmill.tools.profiler.step import StepProfile, fitting_batch, measure_step
+from patchmill.tools.profiler.step import fitting_batch, measure_step
 from patchmill.tools.profiler.timing import Neighbours
-from patchmill.tools.profiler.train import TrainProfile, measure_train
+from patchmill.tools.profiler.train import judge_train, measure_train, train_model
 from patchmill.tools.profiler.what_if import PlanConfig, predict
 from patchmill.trainer.config.pretrain import PretrainConfig
+from patchmill.trainer.engine.world import pick_device
 from patchmill.trainer.recipes.pretrain import with_options
 from patchmill.trainer.run_folder import STATUS
 
@@ -100,11 +100,11 @@ def main(argv: list[str]) -> int:
         return 0
     folder = Path(options.run.out)
     if options.plan.gpus:
-        report["plan"] = profile_report.plain(dataclasses.asdict(predict(report, options.plan)))
+        report["plan"] = predict(report, options.plan)
     profile_report.write(report, folder)
-    write_pngs(report, folder)
+    charts = write_charts(report, folder)
     with whole_file(folder / "report.html") as path:
-        path.write_text(page(report), encoding="utf-8")
+        path.write_text(page(report, charts), encoding="utf-8")
     profile_tables.show(report, Console())
     print(f"report: {folder / 'report.html'}")
     return 0
@@ -129,7 +129,7 @@ def plan(argv: list[str]) -> int:
     if not args.machine.gpus:
         raise ValueError("--gpus is 0; it must be at least 1")
     report = profile_report.read(args.report)
-    profile_tables.show({"plan": dataclasses.asdict(predict(report, args.machine))}, Console())
+    profile_tables.show({"plan": predict(report, args.machine)}, Console())
     return 0
 
 
@@ -142,14 +142,14 @@ def parse_profile(argv: list[str]) -> ProfileConfig:
 
 def measure(mode: str, options: ProfileConfig, command: str) -> dict[str, Any] | None:
     """Measures and judges. Returns the report; None on every rank but the first."""
-    device = _device(options.run)
+    device = pick_device(options.run.device)
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     if ranks > 1 and mode != "train":
         raise ValueError(f"profile {mode} measures one rank: start it without torchrun (only train takes several)")
     config = fitting_batch(options.run, device, options.batch, ranks)
     folder = _folder(Path(config.out))
     whole = with_options(config, train__global_batch=config.train.global_batch * ranks)
-    steps: dict[str, tuple[str, Callable[[], Any]]] = {
+    steps: dict[str, tuple[str, Callable[[], dict[str, Any]]]] = {
         "kernels": ("measuring our operators", lambda: measure_kernels(config, device)),
         "step": ("measuring the step", lambda: measure_step(config, device, options.seconds, folder / "trace.json.gz")),
         "loader": ("measuring the loader", lambda: measure_loader(config, device, options.seconds)),
@@ -184,31 +184,22 @@ def conclude(
     sections: dict[str, Any], trials: list[Trial], config: PretrainConfig, noise: str | None
 ) -> tuple[Model | None, Verdict | None, list[Remedy]]:
     """Returns the model of the stages, the verdict, and the remedies."""
-    loader: LoaderProfile | None = sections.get("loader")
-    step: StepProfile | None = sections.get("step")
-    train: TrainProfile | None = sections.get("train")
-    model, measured = (loader_model(loader), loader.together.images_per_s.median) if loader else (None, None)
+    loader, step, train = (sections.get(name) for name in ("loader", "step", "train"))
+    model, measured = (loader_model(loader), loader["together"]["images_per_s"]["median"]) if loader else (None, None)
     if step is not None:
-        base = model or Model([], {CORES: float(len(os.sched_getaffinity(0)))})
-        model = with_step(base, step.seconds_per_image, step.cpu_seconds / step.batch, step.seconds.spread)
+        trials = [*trials, *step["trials"]]
+        model = with_step(model or Model([], {CORES: float(len(os.sched_getaffinity(0)))}), step)
         measured = None
     if train is not None:
-        measured = train.images_per_s / train.world_size
+        measured = train["images_per_s"] / train["world_size"]
     verdict = judge(model, noise, measured) if model is not None else None
-    if train is not None and (model is None or len(train.ranks) > 1):
-        model, verdict = train.model(), train.judge(noise)
-    found = remedies(model, [*trials, *(step.trials if step else [])], config.data.repeats) if model else []
+    if train is not None and (model is None or len(train["ranks"]) > 1):
+        model, verdict = train_model(train), judge_train(train, noise)
+    found = remedies(model, trials, config.data.repeats) if model else []
     if verdict is not None and found:
         best = ", ".join(f"{remedy.title} (x{remedy.gain:.1f})" for remedy in found[:NAMED_REMEDIES])
         verdict = dataclasses.replace(verdict, sentence=f"{verdict.sentence} Would help: {best}.")
     return model, verdict, found
-
-
-def _device(config: PretrainConfig) -> torch.device:
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device cuda was asked for but torch sees no CUDA device; use --device cpu")
-    kind = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
-    return torch.device(kind, int(os.environ.get("LOCAL_RANK", "0"))) if kind == "cuda" else torch.device("cpu")
 
 
 if __name__ == "__main__":

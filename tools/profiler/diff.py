@@ -10,10 +10,12 @@ from rich.console import Console
 
 from patchmill.tools.profiler.bottleneck import rounded
 from patchmill.tools.profiler.report import read
-from patchmill.tools.profiler.tables import Table, draw, spread
+from patchmill.tools.profiler.tables import table
+from patchmill.tools.profiler.timing import spread
 
 UNSPREAD = 0.05
 """assumed spread of numbers that were measured once"""
+STYLES = {"better": "green", "worse": "red", "within noise": "dim"}
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,14 @@ def show(args: DiffArgs) -> int:
         console.print(f"[yellow]{line}")
     shown = [change for change in changes if args.all or change.verdict != "within noise"]
     if shown:
-        console.print(draw(_table(shown)))
+        rows = [
+            (name, *(f"{rounded(value)} {unit}".rstrip() for value in (before, after)), f"{ratio:.3f}", verdict)
+            for name, before, after, unit, ratio, verdict in shown
+        ]
+        drawn = table("", ("", "*A", "*B", "*B / A", ""), rows)
+        for row, change in zip(drawn.rows, shown, strict=True):
+            row.style = STYLES[change.verdict]
+        console.print(drawn)
     if same := len(changes) - len(shown):
         console.print(f"[dim]{same} more are the same within noise (--all shows them)")
     for name, report in (("A", a), ("B", b)):
@@ -133,12 +142,3 @@ def numbers(report: dict[str, Any]) -> Iterator[Number]:
 
 def _measured(name: str, measured: dict[str, float], factor: float, unit: str) -> Number:
     return Number(name, measured["median"] * factor, spread(measured), unit)
-
-
-def _table(changes: list[Change]) -> Table:
-    styles = {"better": "green", "worse": "red", "within noise": "dim"}
-    rows = []
-    for name, before, after, unit, ratio, verdict in changes:
-        values = (f"{rounded(value)} {unit}".rstrip() for value in (before, after))
-        rows.append((name, *values, f"{ratio:.3f}", f"[{styles[verdict]}]{verdict}"))
-    return Table("", ("", "*A", "*B", "*B / A", ""), rows)

@@ -6,7 +6,7 @@ published formulation.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,42 +16,19 @@ from patchmill.kernels.gather import gather_patches, gather_tokens
 from patchmill.kernels.masked_loss import masked_mse
 from patchmill.kernels.permute import mask_indices
 from patchmill.kernels.unshuffle import unshuffle
-from patchmill.tools.profiler.timing import Measured, copy_bytes_per_second, timed_in_turns
+from patchmill.tools.profiler.timing import copy_bytes_per_second, measured, timed_in_turns
 from patchmill.trainer.config.pretrain import PretrainConfig
 from patchmill.trainer.engine.world import autocast_dtype
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
-@dataclass(frozen=True)
-class Operator:
+class Operator(NamedTuple):
     """An operator's call, and the fewest bytes that it can move."""
 
     name: str
     call: Callable[[], object]
     bytes_moved: int
-
-
-@dataclass(frozen=True)
-class OperatorTime:
-    """One operator, measured."""
-
-    name: str
-    seconds: Measured
-    mb: float
-    of_copy: float
-    """bytes per second over those of the copy"""
-
-
-@dataclass(frozen=True)
-class KernelsProfile:
-    """Our operators on one device."""
-
-    backend: str
-    batch: int
-    dtype: str
-    copy_gb_per_s: float
-    operators: list[OperatorTime]
 
 
 class Workload:
@@ -131,8 +108,8 @@ class Workload:
         ]
 
 
-def measure_kernels(config: PretrainConfig, device: torch.device, repeats: int = 15) -> KernelsProfile:
-    """Times the operators at the sizes of a config, taking turns."""
+def measure_kernels(config: PretrainConfig, device: torch.device, repeats: int = 15) -> dict[str, Any]:
+    """Times the operators at the sizes of a config, taking turns; docs/profile.md describes the result."""
     model, batch = config.model, config.train.global_batch
     dtype = autocast_dtype(config.train.precision, device) or torch.float32
     workload = Workload(model.patch_size, model.image_hw, model.decoder_embed_dim, batch, str(device), dtype)
@@ -140,8 +117,11 @@ def measure_kernels(config: PretrainConfig, device: torch.device, repeats: int =
     operators = workload.operators()
     taken = timed_in_turns({operator.name: operator.call for operator in operators}, str(device), repeats)
     rows = []
-    for operator in operators:
-        seconds = Measured.of(taken[operator.name])
-        of_copy = operator.bytes_moved / seconds.median / copy
-        rows.append(OperatorTime(operator.name, seconds, operator.bytes_moved / 1e6, of_copy))
-    return KernelsProfile(active_backend(workload.x), batch, str(dtype).removeprefix("torch."), copy / 1e9, rows)
+    for name, _, moved in operators:
+        seconds = measured(taken[name])
+        of_copy = moved / seconds["median"] / copy
+        rows.append({"name": name, "seconds": seconds, "mb": moved / 1e6, "of_copy": of_copy})
+    return {
+        "backend": active_backend(workload.x), "batch": batch, "dtype": str(dtype).removeprefix("torch."),
+        "copy_gb_per_s": copy / 1e9, "operators": rows,
+    }  # fmt: skip

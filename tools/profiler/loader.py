@@ -7,8 +7,9 @@ real and come in an epoch's order.
 import os
 import time
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import islice
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,8 +22,8 @@ from patchmill.pipeline.read.manifest import open_dataset
 from patchmill.pipeline.read.shards import ShardReader
 from patchmill.pipeline.read.urls import is_url
 from patchmill.tools.profiler.spans import STAGES, Seconds, Seen, Spans, open_loader, stages
-from patchmill.tools.profiler.storage import Reading, measure_storage, percentiles
-from patchmill.tools.profiler.timing import Measured, Neighbours, torch_threads, wait_for
+from patchmill.tools.profiler.storage import measure_storage, percentiles
+from patchmill.tools.profiler.timing import Neighbours, measured, steps_in_turns, torch_threads, wait_for
 from patchmill.trainer.config.pretrain import PretrainConfig
 from patchmill.trainer.recipes.pretrain import with_options
 
@@ -37,77 +38,8 @@ HARDWARE_SHARES = (0.5, 0.65, 0.8)
 """of the images for the GPU's JPEG engine, tried in the sweep"""
 
 
-@dataclass(frozen=True)
-class StageCost:
-    """Seconds of one image at a stage."""
-
-    name: str
-    wall: Measured
-    """alone, on one thread"""
-    cpu: Measured
-    """of it on a core; the rest is waiting"""
-    together: float | None = None
-    """wall seconds in the running loader, where threads compete for the cores; None where it cannot be told"""
-
-
-@dataclass(frozen=True)
-class Together:
-    """The loader as training uses it."""
-
-    images_per_s: Measured
-    images_per_cpu_s: float
-    mb_per_s: float
-    """of encoded images"""
-    interval_p50_ms: float
-    """between two batches"""
-    interval_p95_ms: float
-    interval_p99_ms: float
-    queue_mean: float
-    """batches that were ready when the next was asked for"""
-    queue_size: int
-    threads_busy: float | None
-    """share of the reader threads' time that they worked"""
-    cores_used: float
-    others: float
-    """cores that other programs took meanwhile"""
-
-
-@dataclass(frozen=True)
-class Setting:
-    """One point of the sweep."""
-
-    name: str
-    value: float
-    images_per_s: Measured
-
-
-@dataclass(frozen=True)
-class LoaderProfile:
-    """All that was measured of a loader."""
-
-    decoder: str
-    workers: int
-    cores: int
-    batch: int
-    images: int
-    image_bytes: float
-    """of the mean sample"""
-    image_pixels: float
-    stages: list[StageCost]
-    explained: float | None
-    """share of the wall time, alone, that the stages account for; None where a decoder works on whole batches"""
-    together: Together
-    storage: dict[str, Reading]
-    """cold and warm; empty where the data are not local shards"""
-    fits_memory: bool
-    """whether the shards fit the free memory: then storage is read once and later the page cache"""
-    link_seconds: float
-    """for one image to cross to the device; 0 on a CPU"""
-    sweep: list[Setting]
-
-
-def measure_loader(config: PretrainConfig, device: torch.device, seconds: float) -> LoaderProfile:
-    """Measures a loader for about `seconds`.
+def measure_loader(config: PretrainConfig, device: torch.device, seconds: float) -> dict[str, Any]:
+    """Measures a loader for about `seconds`; docs/profile.md describes the result.
 
     Args:
         config: its train.global_batch is the batch that is measured, on one rank.
@@ -117,30 +49,29 @@ def measure_loader(config: PretrainConfig, device: torch.device, seconds: float)
         images, store = loader.num_samples, getattr(loader.maker.feeder, "store", None)
     shards = isinstance(store, ShardReader) and not is_url(config.data.path)
     storage = measure_storage(open_dataset(config.data.path), workers, 0.1 * seconds) if shards else {}
-    alone, explained, (size, pixels), link = _alone(config, device, 0.25 * seconds)
-    together, in_loader = _together(config, device, 0.25 * seconds, size)
-    return LoaderProfile(
-        decoder=name, workers=workers, cores=len(os.sched_getaffinity(0)), batch=config.train.global_batch,
-        images=images, image_bytes=size, image_pixels=pixels, explained=explained, together=together,
-        stages=[replace(stage, together=in_loader.get(stage.name)) for stage in alone], storage=storage,
-        fits_memory=images * size < os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), link_seconds=link,
-        sweep=_sweep(config, device, workers, 0.3 * seconds),
-    )  # fmt: skip
+    found = _alone(config, device, 0.25 * seconds)
+    together, in_loader = _together(config, device, 0.25 * seconds, found["image_bytes"])
+    for stage in found["stages"]:
+        stage["together"] = in_loader.get(stage["name"])
+    return found | {
+        "decoder": name, "workers": workers, "cores": len(os.sched_getaffinity(0)), "batch": config.train.global_batch,
+        "images": images, "together": together, "storage": storage,
+        "fits_memory": images * found["image_bytes"] < os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
+        "sweep": _sweep(config, device, workers, 0.3 * seconds),
+    }  # fmt: skip
 
 
-def _alone(
-    config: PretrainConfig, device: torch.device, seconds: float
-) -> tuple[list[StageCost], float | None, tuple[float, float], float]:
+def _alone(config: PretrainConfig, device: torch.device, seconds: float) -> dict[str, Any]:
     """Measures the stages batch by batch, one thread at a time. The first batch is the warm-up.
 
     Batches pass the loader's own stages one after the other. DALI and the resident decoder work on whole batches: their
     decoding is what remains of a batch's time.
 
     Returns:
-        The stages, the share of the time that they explain, (bytes, pixels) of an image, seconds of an image's copy.
+        The report's stages, explained, image_bytes, image_pixels and link_seconds.
     """
     spans, rounds = Spans(), list[dict[str, Seconds]]()
-    walls, inside = 0.0, 0.0
+    total, inside = 0.0, 0.0
     with torch_threads(1), open_loader(config, device, spans) as loader:
         decoder, rows = loader.maker.decoder, loader.maker.feeder.local_batch
         if inline := isinstance(decoder, CpuDecoder):
@@ -154,7 +85,7 @@ def _alone(
                 whole = Seconds(time.perf_counter() - start, time.process_time() - cpu)
                 costs = stages(spans.since(before))
                 if inline and rounds:
-                    walls += whole.wall
+                    total += whole.wall
                     inside += sum(cost.wall for name, cost in costs.items() if name != "bookkeeping")
                 elif not inline:  # other threads read meanwhile, which takes their cores' time and not the clock's
                     others = (Seconds(0.0 if name in ("storage", "checks") else cost.wall, cost.cpu)
@@ -162,14 +93,16 @@ def _alone(
                     costs["decode"] = whole.less(*others)
                 rounds.append({name: cost.over(rows) for name, cost in costs.items()})
             link = _link_seconds(batch.images, device)
-        sizes = _sizes(loader)  # last: it would warm the caches
-    del rounds[0]
+        size, pixels = _sizes(loader)  # last: it would warm the caches
     found = []
     for name in STAGES:
-        each = [costs.get(name, Seconds()) for costs in rounds]
-        if any(cost.wall for cost in each):
-            found.append(StageCost(name, Measured.of([c.wall for c in each]), Measured.of([c.cpu for c in each])))
-    return found, inside / walls if inline else None, sizes, link
+        walls, cpus = zip(*(costs.get(name, Seconds()) for costs in rounds[1:]), strict=True)
+        if any(walls):
+            found.append({"name": name, "wall": measured(walls), "cpu": measured(cpus)})
+    return {
+        "stages": found, "explained": inside / total if inline else None,
+        "image_bytes": size, "image_pixels": pixels, "link_seconds": link,
+    }  # fmt: skip
 
 
 def _sizes(loader: Loader) -> tuple[float, float]:
@@ -187,35 +120,30 @@ def _link_seconds(images: Tensor, device: torch.device) -> float:
     """Returns the seconds for one image to reach a GPU from page-locked memory, in the copy of a whole batch."""
     if device.type != "cuda":
         return 0.0
-    pinned, taken = images.cpu().pin_memory(), []
-    for _ in range(5):
-        wait_for(device)
-        start = time.perf_counter()
-        pinned.to(device, non_blocking=True)
-        wait_for(device)
-        taken.append(time.perf_counter() - start)
-    return Measured.of(taken).median / len(images)
+    pinned = images.cpu().pin_memory()
+    taken, _ = steps_in_turns({"": lambda: pinned.to(device, non_blocking=True)}, device, 0.0)[""]
+    return taken["median"] / len(images)
 
 
 def _together(
     config: PretrainConfig, device: torch.device, seconds: float, image_bytes: float
-) -> tuple[Together, dict[str, float]]:
+) -> tuple[dict[str, Any], dict[str, float]]:
     """Returns the running loader, and wall seconds of an image at each of its stages."""
     spans = Spans()
     with open_loader(config, device, spans) as loader:
         taken = consume(loader, seconds, spans)
-        workers = loader.maker.decoder.workers
+        threads = loader.maker.decoder.workers
     wall, around = sum(taken.seconds), taken.around
     images = config.train.global_batch * len(taken.seconds)
     p50, p95, p99 = percentiles(taken.seconds)
-    together = Together(
-        images_per_s=Measured.of(taken.rates(config.train.global_batch)), images_per_cpu_s=images / around.own,
-        mb_per_s=images / wall * image_bytes / 1e6,
-        interval_p50_ms=1e3 * p50, interval_p95_ms=1e3 * p95, interval_p99_ms=1e3 * p99,
-        queue_mean=sum(spans.lengths) / len(spans.lengths), queue_size=config.data.prefetch_batches,
-        threads_busy=taken.seen["chunk"].wall / (workers * wall) if "chunk" in taken.seen else None,
-        cores_used=around.own / around.wall, others=around.others,
-    )  # fmt: skip
+    together = {
+        "images_per_s": measured(taken.rates(config.train.global_batch)), "images_per_cpu_s": images / around.own,
+        "mb_per_s": images / wall * image_bytes / 1e6,
+        "interval_p50_ms": 1e3 * p50, "interval_p95_ms": 1e3 * p95, "interval_p99_ms": 1e3 * p99,
+        "queue_mean": sum(spans.lengths) / len(spans.lengths), "queue_size": config.data.prefetch_batches,
+        "threads_busy": taken.seen["chunk"].wall / threads / wall if taken.seen["chunk"].wall else None,
+        "cores_used": around.own / around.wall, "others": around.others,
+    }  # fmt: skip
     return together, {name: spent.wall / images for name, spent in stages(taken.seen).items()}
 
 
@@ -253,7 +181,7 @@ def consume(loader: Loader, seconds: float, spans: Spans | None = None) -> Stret
     return Stretch(taken, spans.since(before), around)
 
 
-def _sweep(config: PretrainConfig, device: torch.device, workers: int, seconds: float) -> list[Setting]:
+def _sweep(config: PretrainConfig, device: torch.device, workers: int, seconds: float) -> list[dict[str, Any]]:
     """Measures other numbers of threads, other batches and other shares for the JPEG engine, in turn."""
     cores, batch = len(os.sched_getaffinity(0)), config.train.global_batch
     trials = [("workers", float(count)) for count in sorted({1, max(1, workers // 2), workers, cores, 2 * cores})]
@@ -264,7 +192,11 @@ def _sweep(config: PretrainConfig, device: torch.device, workers: int, seconds: 
     for _ in range(2):
         for name, value in trials:
             rates[name, value] += _trial(config, device, name, value, seconds / len(trials) / 2)
-    return [Setting(name, value, Measured.of(found)) for (name, value), found in rates.items() if found]
+    return [
+        {"name": name, "value": value, "images_per_s": measured(found)}
+        for (name, value), found in rates.items()
+        if found
+    ]
 
 
 def _trial(config: PretrainConfig, device: torch.device, name: str, value: float, seconds: float) -> list[float]:

@@ -8,9 +8,10 @@ shards do not fit the memory, because every epoch then reads it again. Cores are
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 from patchmill.tools.profiler.bottleneck import CORES, DEVICE, FRONT, GIL, LINK, STEP, STORAGE, THREADS, Model, Stage
-from patchmill.tools.profiler.loader import LoaderProfile, StageCost
+from patchmill.tools.profiler.timing import spread
 
 DECODER = "decoder"
 """DALI's graph, which has its own threads and queues"""
@@ -32,30 +33,33 @@ WAITS = 2.0
 """times its CPU time: a stage that took longer did wait"""
 
 
-def loader_model(profile: LoaderProfile) -> Model:
-    """Models the loader by itself."""
+def loader_model(loader: dict[str, Any]) -> Model:
+    """Models the loader of a report by itself."""
     one = dict.fromkeys((FRONT, GIL, LINK, STORAGE, DECODER), 1.0)
-    left = max(profile.together.cores_used, profile.cores - profile.together.others, 1.0)  # one can always be had
-    servers = {THREADS: float(profile.workers), CORES: left, **one}
-    return Model([_stage(cost, profile) for cost in profile.stages], servers)
+    left = max(
+        loader["together"]["cores_used"], loader["cores"] - loader["together"]["others"], 1.0
+    )  # one can always be had
+    servers = {THREADS: float(loader["workers"]), CORES: left, **one}
+    return Model([_stage(cost, loader) for cost in loader["stages"]], servers)
 
 
-def with_step(model: Model, seconds: float, cpu_seconds: float, spread: float) -> Model:
-    """Adds a step that takes so many seconds, and CPU seconds of this host, for an image."""
-    step = Stage(STEP, {DEVICE: seconds, CORES: cpu_seconds}, spread)
-    return Model([*model.without(STEP).stages, step], {**model.servers, DEVICE: 1.0})
+def with_step(model: Model, step: dict[str, Any]) -> Model:
+    """Adds the step of a report: an image holds the device, and this host's cores for the CPU time."""
+    seconds = step["seconds"]["median"] / step["batch"]
+    stage = Stage(STEP, {DEVICE: seconds, CORES: step["cpu_seconds"] / step["batch"]}, spread(step["seconds"]))
+    return Model([*model.without(STEP).stages, stage], {**model.servers, DEVICE: 1.0})
 
 
-def _stage(cost: StageCost, profile: LoaderProfile) -> Stage:
-    holders = HOLDERS[cost.name]
-    if cost.name == "decode" and profile.decoder != "cpu":
-        holders = (DECODER,) if profile.decoder == "dali" else (FRONT,)
-    disturbed = cost.wall.median < WAITS * cost.cpu.median
-    held = cost.cpu if disturbed and cost.name in COMPUTES and holders[0] == THREADS else cost.wall
-    holds = {CORES: cost.cpu.median} | dict.fromkeys(holders, held.median)
-    if cost.name == "host copy" and profile.link_seconds:
-        holds[LINK] = profile.link_seconds
-    if cost.name == "storage" and profile.storage and not profile.fits_memory:
-        cold = profile.storage["cold"]
-        holds |= {STORAGE: 1 / cold.images_per_s, THREADS: max(cost.wall.median, cold.p50_ms / 1e3)}
-    return Stage(cost.name, holds, held.spread)
+def _stage(cost: dict[str, Any], loader: dict[str, Any]) -> Stage:
+    name, wall, cpu, holders = cost["name"], cost["wall"], cost["cpu"], HOLDERS[cost["name"]]
+    if name == "decode" and loader["decoder"] != "cpu":
+        holders = (DECODER,) if loader["decoder"] == "dali" else (FRONT,)
+    disturbed = wall["median"] < WAITS * cpu["median"]
+    held = cpu if disturbed and name in COMPUTES and holders[0] == THREADS else wall
+    holds = {CORES: cpu["median"]} | dict.fromkeys(holders, held["median"])
+    if name == "host copy" and loader["link_seconds"]:
+        holds[LINK] = loader["link_seconds"]
+    if name == "storage" and loader["storage"] and not loader["fits_memory"]:
+        cold = loader["storage"]["cold"]
+        holds |= {STORAGE: 1 / cold["images_per_s"], THREADS: max(wall["median"], cold["p50_ms"] / 1e3)}
+    return Stage(name, holds, spread(held))

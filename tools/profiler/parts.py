@@ -13,7 +13,6 @@ import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -51,29 +50,6 @@ PARTS = (
 """name of a module -> part; the first that fits"""
 
 
-@dataclass(frozen=True)
-class Part:
-    """Seconds of one update; forward has all the time of parts without a backward pass."""
-
-    name: str
-    forward: float
-    backward: float
-
-
-@dataclass(frozen=True)
-class Parts:
-    """One update, split."""
-
-    parts: list[Part]
-    wall: float
-    """seconds of the profiled update"""
-
-    @property
-    def explained(self) -> float:
-        """The parts' share of the wall time; on a GPU the rest is idle time."""
-        return sum(part.forward + part.backward for part in self.parts) / self.wall
-
-
 def part_of(module: str) -> str | None:
     """Returns the part that a module is, None for modules inside a part.
 
@@ -86,12 +62,16 @@ def part_of(module: str) -> str | None:
 
 def take_apart(
     model: nn.Module, step: Callable[[], object], device: torch.device, trace: Path | None, steps: int = 3
-) -> Parts:
+) -> dict[str, Any]:
     """Profiles a few updates of an eager model, and splits them.
 
     Args:
         step: one update, already warmed up.
         trace: a .json.gz file to write.
+
+    Returns:
+        The report's parts (seconds of one update; forward has all the time of parts without a backward pass),
+        profiled_seconds and explained (the parts' share of them; on a GPU the rest is idle time).
     """
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # otherwise it reports start and stop on stderr
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device.type == "cuda" else [])
@@ -103,15 +83,21 @@ def take_apart(
         wait_for(device)
         wall = time.perf_counter() - start
     events = sorted(seen.events() or [], key=lambda event: event.time_range.start)
-    owners = _owners(events)
     seconds: dict[str, list[float]] = {}
-    for event, (part, backward) in owners:
+    backward_parts: dict[int, str] = {}
+    for event, part, backward in _owners(events):
         own = event.self_device_time_total if device.type == "cuda" else event.self_cpu_time_total
         seconds.setdefault(part, [0.0, 0.0])[backward] += own / 1e6 / steps
+        if backward:
+            backward_parts[event.sequence_nr] = part
     if trace is not None:
-        _write_trace(seen, {event.sequence_nr: part for event, (part, back) in owners if back}, trace)
-    parts = [Part(name, *both) for name, both in seconds.items() if sum(both) > 0]
-    return Parts(sorted(parts, key=lambda part: -part.forward - part.backward), wall / steps)
+        _write_trace(seen, backward_parts, trace)
+    rows = sorted(seconds.items(), key=lambda item: -sum(item[1]))
+    return {
+        "parts": [{"name": name, "forward": both[0], "backward": both[1]} for name, both in rows if sum(both) > 0],
+        "profiled_seconds": wall / steps,
+        "explained": sum(map(sum, seconds.values())) * steps / wall,
+    }
 
 
 @contextmanager
@@ -134,10 +120,9 @@ def around_parts(model: nn.Module, span: Callable[[str], AbstractContextManager[
         yield
 
 
-def _owners(events: list[Any]) -> list[tuple[Any, tuple[str, bool]]]:
-    """Returns each operator with its part, and whether it belongs to the backward pass."""
+def _owners(events: list[Any]) -> Iterator[tuple[Any, str, bool]]:
+    """Yields each operator with its part, and whether it belongs to the backward pass."""
     forward_part: dict[int, str] = {}
-    found: list[tuple[Any, tuple[str, bool]]] = []
     last_backward, backward_began = REST, False
     for event in events:
         if event.name == "ProfilerStep" or event.device_type != DeviceType.CPU:
@@ -147,7 +132,7 @@ def _owners(events: list[Any]) -> list[tuple[Any, tuple[str, bool]]]:
         if top is not None:
             backward_began = True
             last_backward = forward_part.get(top.sequence_nr, last_backward)
-            found.append((event, (last_backward, True)))
+            yield event, last_backward, True
             continue
         part = next((each.name.removeprefix(MARK) for each in chain if each.name.startswith(MARK)), None)
         if part is not None:
@@ -160,8 +145,7 @@ def _owners(events: list[Any]) -> list[tuple[Any, tuple[str, bool]]]:
             part = "optimizer"
         else:
             part = "guard" if backward_began else "rest of the update"
-        found.append((event, (part, False)))
-    return found
+        yield event, part, False
 
 
 def _parents(event: Any) -> Iterator[Any]:
@@ -176,19 +160,18 @@ def _write_trace(seen: Any, backward_parts: dict[int, str], path: Path) -> None:
     trace = json.loads(plain.read_text(encoding="utf-8"))
     plain.unlink()
     ranges: list[dict[str, Any]] = []
+    part = REST
     for event in sorted(trace["traceEvents"], key=lambda event: event.get("ts", 0)):
         name = str(event.get("name", ""))
         if name.startswith(MARK):
             event["name"] = name.removeprefix(MARK)
         elif name.startswith(BACKWARD):
-            number = event.get("args", {}).get("Sequence number", -1)
-            part = backward_parts.get(number)
-            part = f"{part}, backward" if part else ranges[-1]["name"] if ranges else f"{REST}, backward"
-            last = ranges[-1] if ranges else None
-            if last and last["name"] == part and last["tid"] == event["tid"]:
+            part = backward_parts.get(event.get("args", {}).get("Sequence number"), part)
+            last = ranges[-1] if ranges else {}
+            if (last.get("name"), last.get("tid")) == (f"{part}, backward", event["tid"]):
                 last["dur"] = event["ts"] + event["dur"] - last["ts"]
             else:
-                ranges.append({**event, "name": part, "cat": "user_annotation", "args": {}})
+                ranges.append({**event, "name": f"{part}, backward", "cat": "user_annotation", "args": {}})
     trace["traceEvents"] += ranges
     with gzip.open(path, "wt", encoding="utf-8") as file:
         json.dump(trace, file)
@@ -227,8 +210,8 @@ class Counter(TorchDispatchMode):
         return out
 
 
-def count_forward(model: nn.Module, forward: Callable[[], object]) -> dict[str, tuple[float, float]]:
-    """Returns (FLOPs, bytes) of each part in one forward pass."""
+def count_forward(model: nn.Module, forward: Callable[[], object]) -> dict[str, list[float]]:
+    """Returns [FLOPs, bytes] of each part in one forward pass."""
     with torch.no_grad(), Counter() as counter, around_parts(model, counter.inside):
         forward()
-    return {part: (flops, size) for part, (flops, size) in counter.counts.items()}
+    return counter.counts

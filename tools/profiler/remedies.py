@@ -6,8 +6,6 @@ threads or cores are arithmetic. The gain is the ratio of two bounds.
 """
 
 import dataclasses
-import statistics
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -21,7 +19,7 @@ from patchmill.tools.packing.normalise import Policy, normalise
 from patchmill.tools.packing.strict_decode import Rejected
 from patchmill.tools.profiler.bottleneck import CORES, THREADS, Model, Stage
 from patchmill.tools.profiler.spans import open_loader
-from patchmill.tools.profiler.timing import torch_threads
+from patchmill.tools.profiler.timing import steps_in_turns, torch_threads
 from patchmill.trainer.config.pretrain import PretrainConfig
 
 WORTH = 1.03
@@ -69,14 +67,23 @@ def remedies(model: Model, trials: Sequence[Trial], repeats: int) -> list[Remedy
         if rate > WORTH * now and not same:
             found.append(Remedy(title, how, rate / now, rate, basis))
 
+    def more(servers: Mapping[str, float]) -> Model:
+        return Model(model.stages, {**model.servers, **servers})
+
     for count in sorted({cores, 2 * workers, 4 * workers}):
         if count > workers > 0:
-            consider(f"{count} reader threads", f"--data.workers {count}", _servers(model, {THREADS: count}))
-    more = {CORES: model.servers[CORES] + cores, THREADS: float(max(2 * cores, workers + cores))}
-    consider(f"{cores} more core{'s' if cores > 1 else ''}", "another machine", _servers(model, more))
+            consider(f"{count} reader threads", f"--data.workers {count}", more({THREADS: count}))
+    twice = more({CORES: model.servers[CORES] + cores, THREADS: float(max(2 * cores, workers + cores))})
+    consider(f"{cores} more core{'s' if cores > 1 else ''}", "another machine", twice)
     halved = dict.fromkeys(("storage", "checks", "decode"), 0.5)
     consider(f"{2 * repeats} crops of each decoded image", f"--data.repeats {2 * repeats}", scaled(model, halved))
-    consider("reads that never wait", "shards on a local disk", _no_wait(model))
+    unwaiting = [
+        dataclasses.replace(stage, holds=dict.fromkeys((THREADS, CORES), stage.holds.get(CORES, 0.0)))
+        if stage.name == "storage"  # reading then holds a thread only for as long as a core
+        else stage
+        for stage in model.stages
+    ]
+    consider("reads that never wait", "shards on a local disk", Model(unwaiting, model.servers))
     for trial in trials:
         consider(trial.title, trial.how, scaled(model, trial.factors, trial.core_factors), "measured")
     return sorted(found, key=lambda remedy: -remedy.gain)
@@ -111,7 +118,8 @@ def measure_trials(config: PretrainConfig, device: torch.device, seconds: float)
         size = sum(map(len, small.values())) / sum(map(len, samples.values()))
         before, trials = _pile(feeder, samples, decoder), []
         if size < 0.9:
-            decode, resize = _in_turn(before, _pile(feeder, small, decoder), seconds / 2)
+            after = _pile(feeder, small, decoder)
+            decode, resize = (_in_turn(*both, seconds / 4) for both in zip(before, after, strict=True))
             factors = {"decode": decode, "resize": resize, "storage": size, "checks": size}
             how = f"patchmill shard --resize shorter-side --size {side}"
             trials.append(Trial(f"shards with a shorter side of {side}", how, factors))
@@ -119,15 +127,15 @@ def measure_trials(config: PretrainConfig, device: torch.device, seconds: float)
         with torch_threads(1), open_loader(config, device, interpolation="bilinear") as loader:
             other = loader.maker.decoder
             assert isinstance(other, CpuDecoder)
-            _, resize = _in_turn(before, _pile(feeder, samples, other), seconds / 2)
+            resize = _in_turn(before[1], _pile(feeder, samples, other)[1], seconds / 4)
             trials.append(Trial("bilinear resize", "--data.interpolation bilinear", {"resize": resize}))
     return trials
 
 
-Costs = tuple[Callable[[], object], Callable[[], object]]
+Work = Callable[[], object]
 
 
-def _pile(feeder: Feeder, samples: Mapping[int, bytes], decoder: CpuDecoder) -> Costs:
+def _pile(feeder: Feeder, samples: Mapping[int, bytes], decoder: CpuDecoder) -> tuple[Work, Work]:
     """Returns two functions: decode all samples, and resize all their windows, as the loader would."""
     ids, channels = np.array(list(samples)), decoder.shape[3]
     images = [decode_image(data, channels) for data in samples.values()]
@@ -148,21 +156,10 @@ def _pile(feeder: Feeder, samples: Mapping[int, bytes], decoder: CpuDecoder) -> 
     return decode, resize
 
 
-def _in_turn(before: Costs, after: Costs, seconds: float) -> tuple[float, float]:
-    """Returns what decoding and resizing cost over before: medians of the ratios of neighbouring runs."""
-    ratios: tuple[list[float], list[float]] = ([], [])
-    end = time.perf_counter() + seconds
-    while len(ratios[0]) < 3 or time.perf_counter() < end:
-        for found, old, new in zip(ratios, before, after, strict=True):
-            first = _cpu_seconds(old)
-            found.append(_cpu_seconds(new) / first)
-    return statistics.median(ratios[0]), statistics.median(ratios[1])
-
-
-def _cpu_seconds(work: Callable[[], object]) -> float:
-    start = time.thread_time()
-    work()
-    return time.thread_time() - start
+def _in_turn(before: Work, after: Work, seconds: float) -> float:
+    """Returns the CPU seconds of work over those before."""
+    (_, old), (_, new) = steps_in_turns({"before": before, "after": after}, torch.device("cpu"), seconds).values()
+    return new / old
 
 
 def _smaller(data: bytes, side: int) -> bytes:
@@ -171,19 +168,3 @@ def _smaller(data: bytes, side: int) -> bytes:
         return normalise(data, Policy(resize="shorter-side", size=side)).data
     except Rejected:
         return data
-
-
-def _servers(model: Model, servers: Mapping[str, float]) -> Model:
-    return Model(model.stages, {**model.servers, **servers})
-
-
-def _no_wait(model: Model) -> Model:
-    """Lets reading hold a thread only for as long as a core."""
-
-    stages = [
-        dataclasses.replace(stage, holds=dict.fromkeys((THREADS, CORES), stage.holds.get(CORES, 0.0)))
-        if stage.name == "storage"
-        else stage
-        for stage in model.stages
-    ]
-    return Model(stages, model.servers)

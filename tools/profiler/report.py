@@ -6,7 +6,7 @@ docs/profile.md documents the schema. It has a number, and reports of another nu
 import dataclasses
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,6 @@ import torch
 
 from patchmill import __version__
 from patchmill.pipeline.atomic import whole_file
-from patchmill.tools.profiler import machine
 from patchmill.tools.profiler.bottleneck import Model, Verdict
 from patchmill.tools.profiler.remedies import Remedy
 from patchmill.tools.profiler.timing import environment
@@ -32,7 +31,7 @@ def make(
     """Makes a report of plain values, fit for JSON.
 
     Args:
-        sections: dataclasses by name: loader, step, train, kernels.
+        sections: by name: loader, step, train, kernels.
         model, verdict: the conclusions; None for kernels alone.
         noise: what disturbed the measurements; None on a quiet machine.
     """
@@ -41,21 +40,16 @@ def make(
         "mode": mode,
         "command": command,
         "patchmill": __version__,
-        "machine": environment(str(device)) | {"date": machine.today()},
+        "machine": environment(str(device)),
         "noise": noise,
         "device": device.type,
         "flops_per_image": train_flops_per_image(config.model, config.mask),
-        "config": dataclasses.asdict(config),
+        "config": config,
+        **sections,
     }
-    report |= {name: dataclasses.asdict(section) for name, section in sections.items()}
-    if model is not None and verdict is not None:
-        report["model"] = {
-            "servers": dict(model.servers),
-            "stages": [dataclasses.asdict(stage) for stage in model.stages],
-            "supplies": model.supplies(),
-        }
-        report["verdict"] = dataclasses.asdict(verdict)
-        report["remedies"] = [dataclasses.asdict(remedy) for remedy in remedies]
+    if model is not None:
+        report["model"] = {**vars(model), "supplies": model.supplies()}
+        report |= {"verdict": verdict, "remedies": remedies}
     return plain(report)
 
 
@@ -82,8 +76,10 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def plain(value: Any) -> Any:
-    """Converts to JSON's types: lists, string keys, and None for floats that are not finite."""
-    if isinstance(value, dict):
+    """Converts to JSON's types: dicts of dataclasses, lists, string keys, and None for floats that are not finite."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return plain(vars(value))
+    if isinstance(value, Mapping):
         return {str(key): plain(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
         return [plain(inner) for inner in value]

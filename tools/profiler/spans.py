@@ -4,7 +4,8 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Mapping
-from typing import Any, NamedTuple, Self
+from contextlib import AbstractContextManager
+from typing import Any, NamedTuple
 
 import torch
 
@@ -49,7 +50,7 @@ class Spans:
         self.lengths: list[int] = []
         self._sums: dict[tuple[int, str], list[float]] = {}
 
-    def span(self, name: Span, images: int) -> "Stopwatch":
+    def span(self, name: Span, images: int) -> AbstractContextManager[object]:
         """Measures one span."""
         return Stopwatch(self, name)
 
@@ -74,14 +75,13 @@ class Spans:
 
 
 class Stopwatch:
-    """Measures the wall and CPU time of a block on its thread."""
+    """Measures the wall and CPU time of a block on its thread; a class, since contextmanager costs half as much again."""
 
     def __init__(self, spans: Spans, name: str) -> None:
         self.spans, self.name = spans, name
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> None:
         self.wall, self.cpu = time.perf_counter(), time.thread_time()
-        return self
 
     def __exit__(self, *exception: object) -> None:
         self.spans.add(self.name, time.perf_counter() - self.wall, time.thread_time() - self.cpu)
@@ -89,18 +89,18 @@ class Stopwatch:
 
 def stages(seen: Seen) -> dict[str, Seconds]:
     """Splits nested spans into the stages of a report; stages that took no time are left out."""
-    inside = seen["read"], seen["decode"], seen["resize"]
     found = {
         "plan": seen["plan"],
         "storage": seen["read"].less(seen["check"]),
         "checks": seen["check"],
+        "decode": seen["decode"] if seen["chunk"].wall else Seconds(),
+        "resize": seen["resize"],
+        "bookkeeping": seen["chunk"].less(seen["read"], seen["decode"], seen["resize"]),
         "masks": seen["masks"],
         "colour": seen["colour"],
         "host copy": seen["copy"],
     }
-    if "chunk" in seen:
-        found |= {"decode": seen["decode"], "resize": seen["resize"], "bookkeeping": seen["chunk"].less(*inside)}
-    return {name: found[name] for name in STAGES if name in found and found[name].wall > 0}
+    return {name: spent for name, spent in found.items() if spent.wall > 0}
 
 
 def open_loader(config: PretrainConfig, device: torch.device, observer: Observer = NOBODY, **data: Any) -> Loader:

@@ -6,9 +6,8 @@ product, measured in the same run.
 """
 
 import os
-import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -19,9 +18,9 @@ from patchmill.pipeline.batch import Batch
 from patchmill.pipeline.plan.masks import MaskPlan
 from patchmill.tools.profiler import timing
 from patchmill.tools.profiler.bottleneck import STEP
-from patchmill.tools.profiler.parts import Part, Parts, count_forward, take_apart
+from patchmill.tools.profiler.parts import count_forward, take_apart
 from patchmill.tools.profiler.remedies import Trial
-from patchmill.tools.profiler.timing import Measured, copy_bytes_per_second, torch_threads, wait_for
+from patchmill.tools.profiler.timing import steps_in_turns, torch_threads
 from patchmill.trainer.config.pretrain import PretrainConfig
 from patchmill.trainer.engine.step import set_learning_rate
 from patchmill.trainer.engine.world import World, autocast_dtype, hold_memory
@@ -34,52 +33,10 @@ from patchmill.trainer.recipes.pretrain import with_options
 LEARNING_RATE = 1e-4
 STEPS_OF_A_TRIAL = 6
 """at least, of each side: warm-up and three measurements"""
-ROUND_SECONDS = 0.05
-"""shortest measurement: several short steps are timed together"""
 
 
-@dataclass(frozen=True)
-class Point:
-    """A part's forward pass on the roofline."""
-
-    name: str
-    flops: float
-    bytes: float
-    seconds: float
-
-
-@dataclass(frozen=True)
-class StepProfile:
-    """One update on one device."""
-
-    batch: int
-    precision: str
-    seconds: Measured
-    cpu_seconds: float
-    """of this process, for one update"""
-    flops_per_image: float
-    ceiling_flops: float
-    ceiling: str
-    """the source of the ceiling"""
-    copy_bytes: float
-    """per second, read and written, of a large copy on the device"""
-    mfu: float
-    memory_gb: float
-    parts: list[Part]
-    profiled_seconds: float
-    explained: float
-    """the parts' share of the profiled update"""
-    roofline: list[Point]
-    trials: list[Trial]
-
-    @property
-    def seconds_per_image(self) -> float:
-        """The device's time for one image."""
-        return self.seconds.median / self.batch
-
-
-def measure_step(config: PretrainConfig, device: torch.device, seconds: float, trace: Path | None) -> StepProfile:
-    """Measures updates for about `seconds`.
+def measure_step(config: PretrainConfig, device: torch.device, seconds: float, trace: Path | None) -> dict[str, Any]:
+    """Measures updates for about `seconds`; docs/profile.md describes the result.
 
     Args:
         config: its train.global_batch is the batch that is measured, on one device.
@@ -91,22 +48,20 @@ def measure_step(config: PretrainConfig, device: torch.device, seconds: float, t
         torch.cuda.reset_peak_memory_stats(device)
     trainee = build_trainee(config, World(0, 1, device))
     step = updates(config, trainee, device)
-    taken, cpu = time_steps({"": step}, device, 0.4 * seconds)[""]
+    taken, cpu = steps_in_turns({"": step}, device, 0.4 * seconds)[""]
     memory = peak_memory_gb(device)
     autocast = autocast_dtype(config.train.precision, device)
     peak = device_peak(device) if autocast is not None else None
     ceiling = peak or timing.matmul_flops_per_second(str(device), autocast or torch.float32)
-    flops = train_flops_per_image(config.model, config.mask)
-    parts, points = _parts(config, trainee, device, trace)
-    batch = config.train.global_batch
-    return StepProfile(
-        batch=batch, precision=str(autocast or torch.float32).removeprefix("torch."), seconds=taken, cpu_seconds=cpu,
-        flops_per_image=flops, ceiling_flops=ceiling,
-        ceiling="data sheet, dense bf16" if peak else "measured: a large matrix product",
-        copy_bytes=copy_bytes_per_second(str(device), repeats=5), mfu=flops * batch / taken.median / ceiling,
-        memory_gb=memory, parts=parts.parts, profiled_seconds=parts.wall, explained=parts.explained, roofline=points,
-        trials=_trials(config, device, step, taken.median, seconds),
-    )  # fmt: skip
+    flops, batch = train_flops_per_image(config.model, config.mask), config.train.global_batch
+    return {
+        "batch": batch, "precision": str(autocast or torch.float32).removeprefix("torch."), "seconds": taken,
+        "cpu_seconds": cpu, "flops_per_image": flops, "ceiling_flops": ceiling,
+        "ceiling": "data sheet, dense bf16" if peak else "measured: a large matrix product",
+        "copy_bytes": timing.copy_bytes_per_second(str(device), repeats=5),
+        "mfu": flops * batch / taken["median"] / ceiling, "memory_gb": memory, **_parts(config, trainee, device, trace),
+        "trials": _trials(config, device, step, taken["median"], seconds),
+    }  # fmt: skip
 
 
 def updates(config: PretrainConfig, trainee: Trainee, device: torch.device) -> Callable[[], object]:
@@ -128,39 +83,7 @@ def synthetic_batch(config: PretrainConfig, device: torch.device, seed: int = 0)
     return Batch(images, plan, ids, ids, 0, 0)
 
 
-def time_steps(
-    steps: dict[str, Callable[[], object]], device: torch.device, seconds: float
-) -> dict[str, tuple[Measured, float]]:
-    """Times the steps in turn, at least three times each: wall seconds, and mean CPU seconds of this process."""
-    together: dict[str, int] = {}
-    for name, step in steps.items():
-        step()
-        step()
-        together[name] = max(1, round(ROUND_SECONDS / _seconds(step, 1, device)[0]))
-    taken: dict[str, list[tuple[float, float]]] = {name: [] for name in steps}
-    end = time.perf_counter() + seconds
-    while min(map(len, taken.values())) < 3 or time.perf_counter() < end:
-        for name, step in steps.items():
-            taken[name].append(_seconds(step, together[name], device))
-    return {
-        name: (Measured.of([wall for wall, _ in each]), sum(cpu for _, cpu in each) / len(each))
-        for name, each in taken.items()
-    }
-
-
-def _seconds(step: Callable[[], object], count: int, device: torch.device) -> tuple[float, float]:
-    """Returns (wall, CPU) seconds of one of `count` steps."""
-    wait_for(device)
-    start, cpu = time.perf_counter(), time.process_time()
-    for _ in range(count):
-        step()
-    wait_for(device)
-    return (time.perf_counter() - start) / count, (time.process_time() - cpu) / count
-
-
-def _parts(
-    config: PretrainConfig, trainee: Trainee, device: torch.device, trace: Path | None
-) -> tuple[Parts, list[Point]]:
+def _parts(config: PretrainConfig, trainee: Trainee, device: torch.device, trace: Path | None) -> dict[str, Any]:
     """Splits the update into parts, and puts their forward passes on the roofline.
 
     The parts of a compiled or captured model cannot be told apart, so it is built again, eager.
@@ -171,7 +94,7 @@ def _parts(
     step = updates(config, trainee, device)
     for _ in range(2):
         step()
-    parts = take_apart(trainee.model, step, device, trace)
+    split = take_apart(trainee.model, step, device, trace)
     batch = synthetic_batch(config, device)
     autocast = autocast_dtype(config.train.precision, device)
 
@@ -179,14 +102,13 @@ def _parts(
         with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
             trainee.model(batch.images, batch.plan)
 
-    counts = count_forward(trainee.model, forward)
-    seconds = {part.name: part.forward for part in parts.parts}
+    seconds = {part["name"]: part["forward"] for part in split["parts"]}
     points = [
-        Point(name, flops, size, seconds[name])
-        for name, (flops, size) in counts.items()
+        {"name": name, "flops": flops, "bytes": size, "seconds": seconds[name]}
+        for name, (flops, size) in count_forward(trainee.model, forward).items()
         if seconds.get(name, 0.0) > 0 and size > 0
     ]
-    return parts, points
+    return {**split, "roofline": points}
 
 
 def _trials(
@@ -229,8 +151,8 @@ def _compare(
     now: Callable[[], object], then: Callable[[], object], per_image: float, device: torch.device, seconds: float
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Returns an image's cost after a change over that before: of the device, and of this host's cores."""
-    (before, used_before), (after, used) = time_steps({"now": now, "then": then}, device, seconds).values()
-    return {STEP: after.median / before.median * per_image}, {STEP: used / used_before * per_image}
+    (before, used_before), (after, used) = steps_in_turns({"now": now, "then": then}, device, seconds).values()
+    return {STEP: after["median"] / before["median"] * per_image}, {STEP: used / used_before * per_image}
 
 
 def fitting_batch(

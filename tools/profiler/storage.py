@@ -7,8 +7,8 @@ of a virtual machine may still hold what the guest dropped.
 
 import os
 import time
-from dataclasses import dataclass
 from io import FileIO
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,23 +19,12 @@ from patchmill.pipeline.read.threads import Pool
 AT_ONCE = 8  # samples of one task, as in the decoders
 
 
-@dataclass(frozen=True)
-class Reading:
-    """Reads of whole samples in random order, with as many threads as the loader."""
+def measure_storage(dataset: Dataset, workers: int, seconds: float) -> dict[str, dict[str, Any]]:
+    """Reads whole samples in random order for about `seconds`: cold (each sample once), then the same warm.
 
-    images_per_s: float
-    mb_per_s: float
-    p50_ms: float
-    """of one read"""
-    p95_ms: float
-    p99_ms: float
-    from_cache: float | None
-    """share of the samples whose first page was in the page cache before; None where the system does not say"""
-
-
-def measure_storage(dataset: Dataset, workers: int, seconds: float, seed: int = 0) -> dict[str, Reading]:
-    """Reads random samples for about `seconds`, cold first (each sample once), then the same warm."""
-    ids = np.random.default_rng(seed).permutation(len(dataset))
+    As many threads read as the loader has. docs/profile.md describes the result.
+    """
+    ids = np.random.default_rng(0).permutation(len(dataset))
     rows = dataset.samples[ids]
     files = {int(shard): FileIO(dataset.shard_path(int(shard))) for shard in np.unique(rows["shard"])}
     try:
@@ -49,7 +38,7 @@ def measure_storage(dataset: Dataset, workers: int, seconds: float, seed: int = 
     return {"cold": cold, "warm": warm}
 
 
-def _read(files: dict[int, FileIO], rows: NDArray, workers: int, seconds: float) -> tuple[Reading, int]:
+def _read(files: dict[int, FileIO], rows: NDArray, workers: int, seconds: float) -> tuple[dict[str, Any], int]:
     """Reads rows in order until the time is over; returns the result, and how many were read."""
     cached = _cached_share(files, rows[:200])
     latencies: list[float] = []
@@ -71,7 +60,11 @@ def _read(files: dict[int, FileIO], rows: NDArray, workers: int, seconds: float)
             done += sum(map(len, parts))
     wall = time.perf_counter() - start
     p50, p95, p99 = percentiles(latencies)
-    return Reading(done / wall, total / wall / 1e6, 1e3 * p50, 1e3 * p95, 1e3 * p99, cached), done
+    found = {
+        "images_per_s": done / wall, "mb_per_s": total / wall / 1e6,
+        "p50_ms": 1e3 * p50, "p95_ms": 1e3 * p95, "p99_ms": 1e3 * p99, "from_cache": cached,
+    }  # fmt: skip
+    return found, done
 
 
 def percentiles(values: list[float]) -> tuple[float, float, float]:
@@ -81,6 +74,7 @@ def percentiles(values: list[float]) -> tuple[float, float, float]:
 
 
 def _cached_share(files: dict[int, FileIO], rows: NDArray) -> float | None:
+    """Returns the share of samples whose first page is in the page cache; None where the system does not say."""
     hits = 0
     for row in rows:
         try:

@@ -1,32 +1,37 @@
 """Turns a report into tables, for the terminal and the page, and prints them."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
-from rich import table as rich_table
 from rich.console import Console
+from rich.markup import escape
 from rich.panel import Panel
+from rich.table import Table
 
 from patchmill.tools.profiler.bottleneck import counted, rounded
+from patchmill.tools.profiler.timing import spread
 
 BAR = 24
 """characters of the longest bar"""
 
 
-@dataclass(frozen=True)
-class Table:
-    """Text in rows.
+def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], bars: Sequence[float] = ()) -> Table:
+    """Makes a table of text.
 
-    Attributes:
-        columns: their names; those that begin with * hold numbers.
-        bars: shares of the longest, one a row; empty for none. Only the terminal draws them.
+    Args:
+        columns: their names; those that begin with * hold numbers. A column of bars is added after the first.
+        bars: values to compare, one a row; empty for none.
     """
-
-    title: str
-    columns: tuple[str, ...]
-    rows: Sequence[tuple[str, ...]]
-    bars: Sequence[float] = ()
+    made = Table(title=title or None, title_justify="left", title_style="bold", box=None, pad_edge=False)
+    made.show_header = any(columns)
+    for column in columns:
+        made.add_column(column.lstrip("*"), justify="right" if "*" in column else "left", no_wrap=not made.columns)
+        if bars and len(made.columns) == 1:
+            made.add_column()
+    for number, (first, *others) in enumerate(rows):
+        bar = ["█" * max(1, round(BAR * bars[number] / max(bars)))] if bars else []
+        made.add_row(escape(first), *bar, *map(escape, others))
+    return made
 
 
 def tables(report: dict[str, Any]) -> Iterator[Table]:
@@ -39,48 +44,28 @@ def tables(report: dict[str, Any]) -> Iterator[Table]:
     if report.get("remedies"):
         rows = [(r["title"], f"x{r['gain']:.2f}", rounded(r["images_per_s"]), r["how"], r["basis"])
                 for r in report["remedies"]]  # fmt: skip
-        yield Table("what would help (predicted)", ("remedy", "*gain", "*images/s", "how", "its costs are"), rows)
+        yield table("what would help (predicted)", ("remedy", "*gain", "*images/s", "how", "its costs are"), rows)
 
 
 def show(report: dict[str, Any], console: Console) -> None:
     """Prints a report, and its verdict last."""
-    for table in tables(report):
-        console.print(draw(table), "")
+    for each in tables(report):
+        console.print(each, "")
     if "verdict" in report:
         style = "green" if report["verdict"]["certain"] else "yellow"
         console.print(Panel(f"[bold]{report['verdict']['sentence']}", border_style=style))
 
 
-def draw(table: Table) -> rich_table.Table:
-    """Draws a table for the terminal."""
-    drawn = rich_table.Table(
-        title=table.title or None, title_justify="left", title_style="bold", box=None, pad_edge=False
-    )
-    drawn.show_header = any(table.columns)
-    for number, column in enumerate(table.columns):
-        drawn.add_column(column.lstrip("*"), justify="right" if "*" in column else "left", no_wrap=number == 0)
-        if number == 0 and table.bars:
-            drawn.add_column()
-    for number, (first, *others) in enumerate(table.rows):
-        bar = ["█" * max(1, round(BAR * min(table.bars[number], 1.0)))] if table.bars else []
-        drawn.add_row(first, *bar, *others)
-    return drawn
-
-
 def _loader(loader: dict[str, Any]) -> Iterator[Table]:
     title = f"loader: decoder {loader['decoder']}, {loader['workers']} workers, batch {loader['batch']}"
-    rows = [
-        (
-            stage["name"],
-            _micro(stage["wall"]["median"]),
-            f"{_micro(stage['wall']['low'])} to {_micro(stage['wall']['high'])}",
-            _micro(stage["cpu"]["median"]),
-            "" if stage["together"] is None else _micro(stage["together"]),
-        )
-        for stage in loader["stages"]
-    ]
+    rows = []
+    for stage in loader["stages"]:
+        wall = stage["wall"]
+        together = "" if stage["together"] is None else _micro(stage["together"])
+        quartiles = f"{_micro(wall['low'])} to {_micro(wall['high'])}"
+        rows.append((stage["name"], _micro(wall["median"]), quartiles, _micro(stage["cpu"]["median"]), together))
     columns = ("stage", "*µs an image", "*quartiles", "*on a core", "*in the running loader")
-    yield Table(title, columns, rows, _shares([stage["wall"]["median"] for stage in loader["stages"]]))
+    yield table(title, columns, rows, [stage["wall"]["median"] for stage in loader["stages"]])
     together = loader["together"]
     rate = together["images_per_s"]
     facts = [
@@ -102,35 +87,32 @@ def _loader(loader: dict[str, Any]) -> Iterator[Table]:
         points = [setting for setting in loader["sweep"] if setting["name"] == name]
         rates = ", ".join(f"{point['value']:g}: {point['images_per_s']['median']:,.0f}" for point in points)
         facts.append((f"sweep of {name}", f"{rates} images/s"))
-    yield Table("the whole loader", ("", ""), facts)
+    yield table("the whole loader", ("", ""), facts)
 
 
 def _step(step: dict[str, Any]) -> Iterator[Table]:
-    seconds, parts = step["seconds"], step["parts"]
-    rate = step["batch"] / seconds["median"]
-    both = [part["forward"] + part["backward"] for part in parts]
-    rows = [
-        (part["name"], _milli(part["forward"]), _milli(part["backward"]) if part["backward"] else "",
-         f"{total / step['profiled_seconds']:.1%}")
-        for part, total in zip(parts, both, strict=True)
-    ]  # fmt: skip
-    yield Table("parts of the step", ("part", "*forward", "*backward", "*of the step"), rows, _shares(both))
+    rows, both = [], [part["forward"] + part["backward"] for part in step["parts"]]
+    for part, total in zip(step["parts"], both, strict=True):
+        backward = _milli(part["backward"]) if part["backward"] else ""
+        rows.append((part["name"], _milli(part["forward"]), backward, f"{total / step['profiled_seconds']:.1%}"))
+    yield table("parts of the step", ("part", "*forward", "*backward", "*of the step"), rows, both)
+    rate = step["batch"] / step["seconds"]["median"]
     facts = [
-        ("time", f"{_milli(seconds['median'])}{_spread(seconds)}, batch {step['batch']}: {rate:,.1f} images/s"),
+        ("time", f"{_step_time(step['seconds'])}, batch {step['batch']}: {rate:,.1f} images/s"),
         ("MFU", f"{step['mfu']:.1%} of {step['ceiling_flops'] / 1e12:.2f} TFLOP/s ({step['ceiling']})"),
         ("memory", f"{step['memory_gb']:.2f} GiB at most"),
         ("explained", f"{step['explained']:.1%} of the profiled step is in these parts"),
     ]
-    yield Table("the step", ("", ""), facts)
+    yield table("the step", ("", ""), facts)
 
 
 def _train(train: dict[str, Any]) -> Iterator[Table]:
-    seconds, wait = train["step_seconds"], f"{train['data_wait']:.1%} of the time"
+    wait = f"{train['data_wait']:.1%} of the time"
     if train.get("host_wait", train["data_wait"]) != train["data_wait"]:  # a GPU: the host waits there for the device
         wait += f" ({train['host_wait']:.1%} for the host, which runs ahead)"
     facts = [
         ("rate", f"{train['images_per_s']:,.1f} images/s over {train['steps']} steps of {train['batch']}"),
-        ("a step", f"{_milli(seconds['median'])}{_spread(seconds)}, p99 {train['p99_ms']:,.1f} ms"),
+        ("a step", f"{_step_time(train['step_seconds'])}, p99 {train['p99_ms']:,.1f} ms"),
         ("data wait", f"{wait}; {train['overlap']:.1%} of the loader's work is hidden"),
         ("update", f"{train['update_share']:.1%}; metrics {train['meters_share']:.2%}"),
         ("slow steps", train["slow_steps"] or "none"),
@@ -139,22 +121,23 @@ def _train(train: dict[str, Any]) -> Iterator[Table]:
     if len(train["ranks"]) > 1:
         own = ", ".join(_milli(rank["own_seconds"]) for rank in train["ranks"])
         facts.append(("ranks", f"time a step before they meet: {own}"))
-    yield Table("the training loop", ("", ""), facts)
+    yield table("the training loop", ("", ""), facts)
 
 
 def _kernels(kernels: dict[str, Any]) -> Iterator[Table]:
-    title = f"operators ({kernels['backend']}, batch {kernels['batch']}) against a copy of "
+    title = (
+        f"operators ({kernels['backend']}, batch {kernels['batch']}) against a copy of "
+        f"{kernels['copy_gb_per_s']:,.1f} GB/s"
+    )
     rows = [(row["name"], _micro(row["seconds"]["median"]), f"{row['mb']:,.1f}", f"{row['of_copy']:.0%}")
             for row in kernels["operators"]]  # fmt: skip
-    columns = ("operator", "*µs", "*MB moved", "*of the copy")
-    yield Table(
-        f"{title}{kernels['copy_gb_per_s']:,.1f} GB/s", columns, rows, [row["of_copy"] for row in kernels["operators"]]
-    )
+    shares = [row["of_copy"] for row in kernels["operators"]]
+    yield table(title, ("operator", "*µs", "*MB moved", "*of the copy"), rows, shares)
 
 
 def _plan(plan: dict[str, Any]) -> Iterator[Table]:
     rows = [(line["what"], line["value"], line["basis"]) for line in plan["lines"]]
-    yield Table("what if", ("", "", "measured or assumed"), rows)
+    yield table("what if", ("", "", "measured or assumed"), rows)
 
 
 def _supplies(model: dict[str, Any]) -> Table:
@@ -166,11 +149,7 @@ def _supplies(model: dict[str, Any]) -> Table:
         most = f"{name} ({held[name] / sum(held.values()):.0%})"
         rows.append((counted(resource, model["servers"][resource]), rounded(rate), most))
     columns = ("resource", "*images/s", "most of it")
-    return Table("what each resource could serve", columns, rows, _shares(list(model["supplies"].values())))
-
-
-def _shares(values: list[float]) -> list[float]:
-    return [value / max(values) for value in values]
+    return table("what each resource could serve", columns, rows, list(model["supplies"].values()))
 
 
 def _micro(seconds: float) -> str:
@@ -181,10 +160,5 @@ def _milli(seconds: float) -> str:
     return f"{1e3 * seconds:,.2f} ms"
 
 
-def _spread(measured: dict[str, float]) -> str:
-    return f" (±{spread(measured):.0%})" if measured["median"] else ""
-
-
-def spread(measured: dict[str, float]) -> float:
-    """Returns half of the interquartile range over the median."""
-    return (measured["high"] - measured["low"]) / 2 / measured["median"] if measured["median"] else 0.0
+def _step_time(measured: dict[str, Any]) -> str:
+    return f"{_milli(measured['median'])} (±{spread(measured):.0%})"

@@ -12,7 +12,6 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
@@ -22,34 +21,25 @@ from patchmill.tools.profiler import machine
 
 Candidate = Callable[[], object]
 Clock = Callable[[], float]
+Measured = dict[str, float]
+"""median, low and high (quartiles), repeats: one quantity, measured repeatedly"""
 FLUSH_BYTES = 2**28
 """read before every repeat: several times the L2 cache of any GPU"""
-HOLD_SECONDS = 3.0
-"""of large products before timing, until clocks and power have settled"""
-PRODUCT_SIDE = 8192
+ROUND_SECONDS = 0.05
+"""shortest measurement of a step"""
 BUSY = 0.1
 """share of the cores: if other programs take more, the machine is noisy"""
 
 
-@dataclass(frozen=True)
-class Measured:
-    """Repeated measurements of one quantity: their median and quartiles."""
+def measured(values: Sequence[float]) -> Measured:
+    """Summarises repeated measurements, at least one: their median and quartiles."""
+    low, middle, high = statistics.quantiles(values, n=4) if len(values) > 1 else [values[0]] * 3
+    return {"median": middle, "low": max(low, min(values)), "high": min(high, max(values)), "repeats": len(values)}
 
-    median: float
-    low: float
-    high: float
-    repeats: int
 
-    @classmethod
-    def of(cls, values: Sequence[float]) -> Self:
-        """Of at least one value."""
-        low, middle, high = statistics.quantiles(values, n=4) if len(values) > 1 else [values[0]] * 3
-        return cls(middle, max(low, min(values)), min(high, max(values)), len(values))
-
-    @property
-    def spread(self) -> float:
-        """Half of the interquartile range over the median."""
-        return (self.high - self.low) / 2 / self.median if self.median else 0.0
+def spread(measured: Measured) -> float:
+    """Returns half of the interquartile range over the median."""
+    return (measured["high"] - measured["low"]) / 2 / measured["median"] if measured["median"] else 0.0
 
 
 def timed_in_turns(
@@ -74,6 +64,40 @@ def median_seconds(
     """Returns the median seconds of one call of each candidate, taking turns."""
     taken = timed_in_turns(candidates, device, repeats, clock)
     return {name: statistics.median(seconds) for name, seconds in taken.items()}
+
+
+def steps_in_turns(
+    steps: dict[str, Callable[[], object]], device: torch.device, seconds: float
+) -> dict[str, tuple[Measured, float]]:
+    """Times steps in turn for about `seconds`, at least three times each; several short steps are timed together.
+
+    Returns:
+        Wall seconds of one step, and mean CPU seconds of this process, by name.
+    """
+    together: dict[str, int] = {}
+    for name, step in steps.items():
+        step()
+        step()
+        together[name] = max(1, round(ROUND_SECONDS / _seconds(step, 1, device)[0]))
+    taken: dict[str, list[tuple[float, float]]] = {name: [] for name in steps}
+    end = time.perf_counter() + seconds
+    while min(map(len, taken.values())) < 3 or time.perf_counter() < end:
+        for name, step in steps.items():
+            taken[name].append(_seconds(step, together[name], device))
+    return {
+        name: (measured([wall for wall, _ in each]), statistics.fmean(cpu for _, cpu in each))
+        for name, each in taken.items()
+    }
+
+
+def _seconds(step: Callable[[], object], count: int, device: torch.device) -> tuple[float, float]:
+    """Returns (wall, CPU) seconds of one of `count` steps."""
+    wait_for(device)
+    start, cpu = time.perf_counter(), time.process_time()
+    for _ in range(count):
+        step()
+    wait_for(device)
+    return (time.perf_counter() - start) / count, (time.process_time() - cpu) / count
 
 
 def wait_for(device: torch.device) -> None:
@@ -147,29 +171,10 @@ def copy_bytes_per_second(device: str, clock: Clock = time.perf_counter, repeats
 
 def matmul_flops_per_second(device: str, dtype: torch.dtype, repeats: int = 5) -> float:
     """Measures a large matrix product: the ceiling of arithmetic where no data sheet gives one (a CPU)."""
-    side = PRODUCT_SIDE if device.startswith("cuda") else 2048
+    side = 8192 if device.startswith("cuda") else 2048
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     out = torch.empty_like(a)
     return 2.0 * side**3 / median_seconds({"matmul": lambda: torch.mm(a, b, out=out)}, device, repeats)["matmul"]
-
-
-def hold_product(device: torch.device, seconds: float = HOLD_SECONDS) -> float | None:
-    """Multiplies large bf16 matrices on a GPU for some seconds, so that what is timed next runs at settled clocks.
-
-    Returns:
-        FLOP/s over the last tenth of the time; None on a CPU, which needs nothing of it.
-    """
-    if device.type != "cuda":
-        return None
-    a, b = (torch.randn(PRODUCT_SIDE, PRODUCT_SIDE, device=device, dtype=torch.bfloat16) for _ in range(2))
-    out = torch.empty_like(a)
-    began, rates = time.perf_counter(), list[float]()
-    while (start := time.perf_counter()) - began < seconds:
-        for _ in range(20):
-            torch.mm(a, b, out=out)
-        wait_for(device)
-        rates.append(20 * 2.0 * PRODUCT_SIDE**3 / (time.perf_counter() - start))
-    return statistics.fmean(rates[-max(1, len(rates) // 10) :])
 
 
 class Neighbours:

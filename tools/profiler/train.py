@@ -7,9 +7,11 @@ from within its progress call. On a GPU the host runs ahead, so CUDA events time
 import os
 import statistics
 import time
-from contextlib import suppress
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
+from dataclasses import replace
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 
@@ -18,9 +20,9 @@ from patchmill.pipeline.waits import record_event
 from patchmill.tools.profiler import bottleneck
 from patchmill.tools.profiler.bottleneck import CORES, DEVICE, FRONT, STEP, THREADS, Model, Stage, Verdict, straggler
 from patchmill.tools.profiler.loader_bound import HOLDERS
-from patchmill.tools.profiler.spans import Spans, Stopwatch, stages
+from patchmill.tools.profiler.spans import Spans, stages
 from patchmill.tools.profiler.storage import percentiles
-from patchmill.tools.profiler.timing import Measured, Neighbours, wait_for
+from patchmill.tools.profiler.timing import Neighbours, measured, wait_for
 from patchmill.trainer.config.pretrain import PretrainConfig
 from patchmill.trainer.engine.world import World
 from patchmill.trainer.loop import Progress
@@ -34,79 +36,30 @@ SLOW = 2.0
 """times the median step: a step that counts as slow"""
 
 
-@dataclass(frozen=True)
-class RankTime:
-    """One rank's seconds a step before it meets the others (medians)."""
-
-    rank: int
-    wait: float
-    """for data"""
-    forward: float
-    own_seconds: float
-    """both: what the other ranks would wait for"""
+def train_model(train: dict[str, Any]) -> Model:
+    """Models the loop: the resource that was busiest binds (utilisation law: busy share = rate x seconds held)."""
+    return Model([Stage(name, holds) for name, holds in train["holds"].items()], train["servers"])
 
 
-@dataclass(frozen=True)
-class TrainProfile:
-    """A stretch of the training loop on the first rank, and what the ranks took."""
-
-    batch: int
-    """of one rank"""
-    world_size: int
-    steps: int
-    images_per_s: float
-    """of all ranks"""
-    step_seconds: Measured
-    p99_ms: float
-    every_step: list[float]
-    """seconds of each step, in order"""
-    every_wait: list[float]
-    """of these, the device waiting for data"""
-    data_wait: float
-    """share of the wall time"""
-    host_wait: float
-    """share of the wall time that the host spent in the loader's `next`; equal to data_wait on a CPU"""
-    overlap: float
-    """share of the loader's work that was done while the device worked"""
-    update_share: float
-    meters_share: float
-    """metrics: fetching and writing them"""
-    explained: float
-    """share of the wall time that is data wait, update or metrics"""
-    queue_mean: float
-    """batches that were ready when the next was asked for"""
-    queue_size: int
-    slow_steps: str
-    """how many, the worst and why; empty for none"""
-    others: float
-    """cores that other programs took meanwhile"""
-    ranks: list[RankTime]
-    holds: dict[str, dict[str, float]]
-    """stage -> resource -> seconds an image, in the running loop"""
-    servers: dict[str, float]
-
-    def model(self) -> Model:
-        """Models the loop: the resource that was busiest binds (utilisation law: busy share = rate x seconds held)."""
-        return Model([Stage(name, holds) for name, holds in self.holds.items()], self.servers)
-
-    def judge(self, noise: str | None) -> Verdict:
-        """Names what binds the loop: a rank that the others wait for, else the resource that was busiest."""
-        verdict = bottleneck.judge(self.model(), noise, self.images_per_s / self.world_size)
-        rank = straggler([each.own_seconds for each in self.ranks], noise)
-        if rank is None:
-            return verdict
-        slow = self.ranks[rank]
-        others = statistics.mean(each.own_seconds for each in self.ranks if each.rank != rank)
-        why = "waiting for its data" if slow.wait > slow.forward else "in its forward pass"
-        sentence = (
-            f"rank {rank} straggles: it takes {1e3 * slow.own_seconds:,.1f} ms a step before it meets the others, most "
-            f"of it {why}; they take {1e3 * others:,.1f} ms and wait for it. On that rank: {verdict.sentence}"
-        )
-        return replace(verdict, stage=f"rank {rank}", sentence=sentence)
+def judge_train(train: dict[str, Any], noise: str | None) -> Verdict:
+    """Names what binds the loop: a rank that the others wait for, else the resource that was busiest."""
+    verdict = bottleneck.judge(train_model(train), noise, train["images_per_s"] / train["world_size"])
+    own_seconds = [each["own_seconds"] for each in train["ranks"]]
+    rank = straggler(own_seconds, noise)
+    if rank is None:
+        return verdict
+    slow = train["ranks"][rank]
+    others = statistics.mean(own_seconds[:rank] + own_seconds[rank + 1 :])
+    why = "waiting for its data" if slow["wait"] > slow["forward"] else "in its forward pass"
+    sentence = (
+        f"rank {rank} straggles: it takes {1e3 * slow['own_seconds']:,.1f} ms a step before it meets the others, most "
+        f"of it {why}; they take {1e3 * others:,.1f} ms and wait for it. On that rank: {verdict.sentence}"
+    )
+    return replace(verdict, stage=f"rank {rank}", sentence=sentence)
 
 
-def measure_train(config: PretrainConfig, device: torch.device, seconds: float) -> TrainProfile:
-    """Runs the training loop for about `seconds`; on several ranks each calls it.
+def measure_train(config: PretrainConfig, device: torch.device, seconds: float) -> dict[str, Any]:
+    """Runs the training loop for about `seconds`; on several ranks each calls it. docs/profile.md describes the result.
 
     Args:
         config: its train.global_batch is that of all ranks together.
@@ -146,13 +99,21 @@ class Watcher(Spans):
         self.events: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {"wait": [], "update": []}
         self.done, self.target, self.last = 0, 0, 0.0
 
-    def span(self, name: Span, images: int) -> Stopwatch:
+    def span(self, name: Span, images: int) -> AbstractContextManager[object]:
         """Measures one span: waits and updates by the device too, and metrics without the updates they wait for."""
         if name in self.events and self.world.device.type == "cuda":
-            return Events(self, name)
+            return self._on_device(name)
         if name == "metrics":
             wait_for(self.world.device)
         return super().span(name, images)
+
+    @contextmanager
+    def _on_device(self, name: Span) -> Iterator[None]:
+        """Measures a span between two events of the device as well."""
+        first = record_event(self.world.device)
+        with super().span(name, 0):
+            yield
+        self.events[name].append((first, record_event(self.world.device)))
 
     def add(self, name: str, wall: float, cpu: float) -> None:
         """Keeps the loop's spans one by one."""
@@ -191,24 +152,13 @@ class Watcher(Spans):
                 self.taken[name] = [first.elapsed_time(last) / 1e3 for first, last in events]
         medians = [statistics.median(self.taken[name] or [0.0]) for name in ("wait", "forward")]
         gathered = [row.tolist() for row in self.world.gather(torch.tensor(medians))]
-        self.ranks = [RankTime(rank, wait, forward, wait + forward) for rank, (wait, forward) in enumerate(gathered)]
+        self.ranks = [
+            {"rank": rank, "wait": wait, "forward": forward, "own_seconds": wait + forward}
+            for rank, (wait, forward) in enumerate(gathered)
+        ]
 
 
-class Events(Stopwatch):
-    """Measures a span between two events of the device as well."""
-
-    spans: Watcher
-
-    def __enter__(self) -> "Events":
-        self.first = record_event(self.spans.world.device)
-        return super().__enter__()
-
-    def __exit__(self, *exception: object) -> None:
-        super().__exit__(*exception)
-        self.spans.events[self.name].append((self.first, record_event(self.spans.world.device)))
-
-
-def _profile(watcher: Watcher, config: PretrainConfig) -> TrainProfile:
+def _profile(watcher: Watcher, config: PretrainConfig) -> dict[str, Any]:
     steps, waits, seen = watcher.steps, watcher.taken["wait"], watcher.seen
     size = watcher.world.size
     rows = config.train.global_batch // size
@@ -216,19 +166,20 @@ def _profile(watcher: Watcher, config: PretrainConfig) -> TrainProfile:
     updating, meters = sum(watcher.taken["update"]), sum(watcher.taken["metrics"])
     cores = len(os.sched_getaffinity(0))
     workers = float(config.data.workers or cores)
-    busy = seen["chunk"].wall / workers if "chunk" in seen else wait
+    busy = seen["chunk"].wall / workers or wait
     busy = max(busy, sum(seen[name].wall for name in ("plan", "masks", "colour", "copy")))
-    return TrainProfile(
-        batch=rows, world_size=size, steps=len(steps), images_per_s=len(steps) * rows * size / wall,
-        step_seconds=Measured.of(steps), p99_ms=1e3 * percentiles(steps)[2], every_step=steps, every_wait=waits,
-        data_wait=wait / wall, host_wait=watcher.host_wait / wall,
-        overlap=max(0.0, 1 - wait / busy) if busy else 1.0,
-        update_share=updating / wall, meters_share=meters / wall, explained=min(1.0, (wait + updating + meters) / wall),
-        queue_mean=statistics.mean(watcher.lengths), queue_size=config.data.prefetch_batches,
-        slow_steps=_slow_steps(steps, waits), others=watcher.around.others, ranks=watcher.ranks,
-        holds=_holds(watcher, updating, wall, len(steps) * rows),
-        servers={THREADS: workers, CORES: float(cores), FRONT: 1.0, DEVICE: 1.0},
-    )  # fmt: skip
+    return {
+        "batch": rows, "world_size": size, "steps": len(steps), "images_per_s": len(steps) * rows * size / wall,
+        "step_seconds": measured(steps), "p99_ms": 1e3 * percentiles(steps)[2], "every_step": steps,
+        "every_wait": waits, "data_wait": wait / wall,
+        "host_wait": watcher.host_wait / wall, "overlap": max(0.0, 1 - wait / busy) if busy else 1.0,
+        "update_share": updating / wall, "meters_share": meters / wall,
+        "explained": min(1.0, (wait + updating + meters) / wall),
+        "queue_mean": statistics.mean(watcher.lengths), "queue_size": config.data.prefetch_batches,
+        "slow_steps": _slow_steps(steps, waits), "others": watcher.around.others, "ranks": watcher.ranks,
+        "holds": _holds(watcher, updating, wall, len(steps) * rows),
+        "servers": {THREADS: workers, CORES: float(cores), FRONT: 1.0, DEVICE: 1.0},
+    }  # fmt: skip
 
 
 def _holds(watcher: Watcher, updating: float, wall: float, images: int) -> dict[str, dict[str, float]]:

@@ -48,30 +48,8 @@ class PlanConfig:
             raise ValueError(f"disk_mb_per_s is {self.disk_mb_per_s}; it must be positive")
 
 
-@dataclass(frozen=True)
-class Line:
-    """One number of the prediction."""
-
-    what: str
-    value: str
-    basis: str
-    """measured, given or assumed, and how"""
-
-
-@dataclass(frozen=True)
-class Plan:
-    """The prediction."""
-
-    images_per_s: float
-    hours: float | None
-    gpu_hours: float | None
-    cost: float | None
-    binds: str
-    lines: list[Line]
-
-
-def predict(report: dict[str, Any], plan: PlanConfig) -> Plan:
-    """Predicts a run on the described machine.
+def predict(report: dict[str, Any], plan: PlanConfig) -> dict[str, Any]:
+    """Predicts a run on the described machine; docs/profile.md describes the result.
 
     Raises:
         ValueError: the report has neither a loader nor a step.
@@ -79,12 +57,17 @@ def predict(report: dict[str, Any], plan: PlanConfig) -> Plan:
     loader, config = report.get("loader"), report["config"]
     if loader is None and "step" not in report:
         raise ValueError("a plan needs the rates of a loader or a step: profile loader, step or all")
+    lines: list[dict[str, str]] = []
+
+    def say(what: str, value: str, basis: str) -> None:
+        lines.append({"what": what, "value": value, "basis": basis})
+
     seconds, basis = _step_seconds(report, plan)
-    lines = [Line("step", f"{plan.gpus} x {1 / seconds:,.0f} images/s", basis)]
+    say("step", f"{plan.gpus} x {1 / seconds:,.0f} images/s", basis)
     gpus = plan.gpus * plan.scaling if plan.gpus > 1 else plan.gpus
     stages, servers = [Stage(STEP, {DEVICE: seconds})], {DEVICE: float(gpus)}
     if plan.gpus > 1:
-        lines.append(Line("together", f"{gpus / seconds:,.0f} images/s", f"assumed: {plan.scaling:.0%} is left"))
+        say("together", f"{gpus / seconds:,.0f} images/s", f"assumed: {plan.scaling:.0%} is left")
     if loader is not None:
         cores, disk = plan.cores or 16 * plan.gpus, loader["image_bytes"] / (plan.disk_mb_per_s * 1e6)
         used = {stage["name"]: stage["cpu"]["median"] for stage in loader["stages"]}
@@ -94,24 +77,27 @@ def predict(report: dict[str, Any], plan: PlanConfig) -> Plan:
         servers |= {CORES: float(cores), STORAGE: 1.0, GIL: float(plan.gpus)}
         total, given = sum(used.values()), "as given" if plan.cores else "assumed, 16 for each GPU"
         basis = f"measured: {1e6 * total:,.0f} µs of a core an image (decoder {loader['decoder']}); cores {given}"
-        lines.append(Line("loader", f"{cores} cores: {cores / total:,.0f} images/s", basis))
+        say("loader", f"{cores} cores: {cores / total:,.0f} images/s", basis)
         basis = f"measured: {loader['image_bytes'] / 1e3:,.0f} KB an image; the disk as given"
-        lines.append(Line("storage", f"{plan.disk_mb_per_s:,.0f} MB/s: {1 / disk:,.0f} images/s", basis))
+        say("storage", f"{plan.disk_mb_per_s:,.0f} MB/s: {1 / disk:,.0f} images/s", basis)
     verdict = judge(Model(stages, servers))
     rate = verdict.images_per_s
-    lines.append(Line("the run", f"{rate:,.0f} images/s", verdict.sentence))
+    say("the run", f"{rate:,.0f} images/s", verdict.sentence)
     images, epochs = plan.images or (loader or {}).get("images", 0), plan.epochs or config["train"]["total_epochs"]
-    if not images:
-        return Plan(rate, None, None, None, verdict.stage, lines)
-    hours = images * epochs / rate / 3600
-    cost = hours * plan.gpus * plan.price if plan.price else None
-    source = f"{'given' if plan.images else 'of the dataset'}; {'given' if plan.epochs else 'of the recipe'}"
-    lines.append(Line("images x epochs", f"{images:,} x {epochs:g}", source))
-    spent = f"{hours:,.1f} h = {hours * plan.gpus:,.0f} GPU-hours"
-    lines.append(Line("time", spent, "follows; without evaluation and stops"))
-    if cost is not None:
-        lines.append(Line("cost", f"{cost:,.0f}", f"at {plan.price:g} a GPU-hour, as given"))
-    return Plan(rate, hours, hours * plan.gpus, cost, verdict.stage, lines)
+    hours = gpu_hours = cost = None
+    if images:
+        hours = images * epochs / rate / 3600
+        gpu_hours = hours * plan.gpus
+        source = f"{'given' if plan.images else 'of the dataset'}; {'given' if plan.epochs else 'of the recipe'}"
+        say("images x epochs", f"{images:,} x {epochs:g}", source)
+        say("time", f"{hours:,.1f} h = {gpu_hours:,.0f} GPU-hours", "follows; without evaluation and stops")
+        if plan.price:
+            cost = gpu_hours * plan.price
+            say("cost", f"{cost:,.0f}", f"at {plan.price:g} a GPU-hour, as given")
+    return {
+        "images_per_s": rate, "hours": hours, "gpu_hours": gpu_hours, "cost": cost, "binds": verdict.stage,
+        "lines": lines,
+    }  # fmt: skip
 
 
 def _step_seconds(report: dict[str, Any], plan: PlanConfig) -> tuple[float, str]:

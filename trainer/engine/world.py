@@ -157,8 +157,8 @@ def joined_world(device: Literal["auto", "cpu", "cuda"], timeout_seconds: float 
             dist.destroy_process_group()
 
 
-def join_world(device: Literal["auto", "cpu", "cuda"], timeout_seconds: float = 600.0) -> World:
-    """Finds this process's rank and device and joins torchrun's process group.
+def pick_device(device: Literal["auto", "cpu", "cuda"]) -> torch.device:
+    """Returns this process's device; auto takes a GPU if there is one.
 
     Raises:
         ValueError: device is cuda and torch sees no GPU.
@@ -166,8 +166,17 @@ def join_world(device: Literal["auto", "cpu", "cuda"], timeout_seconds: float = 
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda was given but torch sees no CUDA device; use --device cpu")
     kind = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    return torch.device(kind, int(os.environ.get("LOCAL_RANK", "0"))) if kind == "cuda" else torch.device("cpu")
+
+
+def join_world(device: Literal["auto", "cpu", "cuda"], timeout_seconds: float = 600.0) -> World:
+    """Finds this process's rank and device and joins torchrun's process group.
+
+    Raises:
+        ValueError: device is cuda and torch sees no GPU.
+    """
+    place = pick_device(device)
     rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    place = torch.device(kind, int(os.environ.get("LOCAL_RANK", "0"))) if kind == "cuda" else torch.device("cpu")
     if place.type == "cuda":
         torch.cuda.set_device(place)
     else:
@@ -182,12 +191,12 @@ def join_world(device: Literal["auto", "cpu", "cuda"], timeout_seconds: float = 
         # Nodes may count restarts differently; over several, set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 instead
         store = PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
     dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo",
+        "cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo",
         store=PrefixStore("ranks", store),
         rank=rank,
         world_size=size,
         timeout=timeout,
-        device_id=place if kind == "cuda" else None,
+        device_id=place if place.type == "cuda" else None,
     )
     return World(rank, size, place, local_size, PrefixStore("last words", store))
 
