@@ -16,6 +16,7 @@ from typing import Annotated, Any
 import tyro
 from rich.console import Console
 
+from patchmill import __version__
 from patchmill.pipeline.atomic import whole_file
 from patchmill.pipeline.read.manifest import MANIFEST_NAME
 from patchmill.tools import cli
@@ -25,19 +26,20 @@ from patchmill.tools.console.progress import is_first
 from patchmill.tools.profiler import diff as profile_diff
 from patchmill.tools.profiler import report as profile_report
 from patchmill.tools.profiler import tables as profile_tables
-from patchmill.tools.profiler.bottleneck import CORES, Model, Verdict, judge
+from patchmill.tools.profiler.bottleneck import CORES, Model, judge
 from patchmill.tools.profiler.charts import write_charts
 from patchmill.tools.profiler.kernels import measure_kernels
 from patchmill.tools.profiler.loader import measure_loader
 from patchmill.tools.profiler.loader_bound import loader_model, with_step
 from patchmill.tools.profiler.page import page
-from patchmill.tools.profiler.remedies import Remedy, Trial, measure_trials, remedies
+from patchmill.tools.profiler.remedies import Trial, measure_trials, remedies
 from patchmill.tools.profiler.step import fitting_batch, measure_step
-from patchmill.tools.profiler.timing import Neighbours
+from patchmill.tools.profiler.timing import Neighbours, environment
 from patchmill.tools.profiler.train import judge_train, measure_train, train_model
 from patchmill.tools.profiler.what_if import PlanConfig, predict
 from patchmill.trainer.config.pretrain import PretrainConfig
 from patchmill.trainer.engine.world import pick_device
+from patchmill.trainer.flops import train_flops_per_image
 from patchmill.trainer.recipes.pretrain import with_options
 from patchmill.trainer.run_folder import STATUS
 
@@ -165,8 +167,13 @@ def measure(mode: str, options: ProfileConfig, command: str) -> dict[str, Any] |
         trials = measure_trials(config, device, options.seconds / 6) if "loader" in sections else []
     if not is_first():
         return None
-    model, verdict, found = conclude(sections, trials, config, around.noise)
-    return profile_report.make(mode, command, config, device, sections, model, verdict, found, around.noise)
+    report = {
+        "schema": profile_report.SCHEMA, "mode": mode, "command": command, "patchmill": __version__,
+        "machine": environment(str(device)), "noise": around.noise, "device": device.type,
+        "flops_per_image": train_flops_per_image(config.model, config.mask), "config": config,
+        **sections, **conclude(sections, trials, config, around.noise),
+    }  # fmt: skip
+    return profile_report.plain(report)
 
 
 def _folder(out: Path) -> Path:
@@ -182,24 +189,25 @@ def _folder(out: Path) -> Path:
 
 def conclude(
     sections: dict[str, Any], trials: list[Trial], config: PretrainConfig, noise: str | None
-) -> tuple[Model | None, Verdict | None, list[Remedy]]:
-    """Returns the model of the stages, the verdict, and the remedies."""
+) -> dict[str, Any]:
+    """Returns the model of the stages, the verdict, and the remedies; nothing for operators alone."""
     loader, step, train = (sections.get(name) for name in ("loader", "step", "train"))
-    model, measured = (loader_model(loader), loader["together"]["images_per_s"]["median"]) if loader else (None, None)
+    model, measured = Model([], {CORES: float(len(os.sched_getaffinity(0)))}), None
+    if loader is not None:
+        model, measured = loader_model(loader), loader["together"]["images_per_s"]["median"]
     if step is not None:
-        trials = [*trials, *step["trials"]]
-        model = with_step(model or Model([], {CORES: float(len(os.sched_getaffinity(0)))}), step)
-        measured = None
-    if train is not None:
-        measured = train["images_per_s"] / train["world_size"]
-    verdict = judge(model, noise, measured) if model is not None else None
-    if train is not None and (model is None or len(train["ranks"]) > 1):
+        model, measured, trials = with_step(model, step), None, [*trials, *step["trials"]]
+    if train is not None and (not model.stages or len(train["ranks"]) > 1):
         model, verdict = train_model(train), judge_train(train, noise)
-    found = remedies(model, trials, config.data.repeats) if model else []
-    if verdict is not None and found:
+    elif model.stages:
+        verdict = judge(model, noise, train["images_per_s"] / train["world_size"] if train else measured)
+    else:
+        return {}
+    found = remedies(model, trials, config.data.repeats)
+    if found:
         best = ", ".join(f"{remedy.title} (x{remedy.gain:.1f})" for remedy in found[:NAMED_REMEDIES])
         verdict = dataclasses.replace(verdict, sentence=f"{verdict.sentence} Would help: {best}.")
-    return model, verdict, found
+    return {"model": {**vars(model), "supplies": model.supplies()}, "verdict": verdict, "remedies": found}
 
 
 if __name__ == "__main__":

@@ -21,7 +21,8 @@ from patchmill.pipeline.loader import Loader
 from patchmill.pipeline.read.manifest import open_dataset
 from patchmill.pipeline.read.shards import ShardReader
 from patchmill.pipeline.read.urls import is_url
-from patchmill.tools.profiler.spans import STAGES, Seconds, Seen, Spans, open_loader, stages
+from patchmill.tools.profiler.loader_bound import HOLDERS
+from patchmill.tools.profiler.spans import Seconds, Seen, Spans, open_loader, stages
 from patchmill.tools.profiler.storage import measure_storage, percentiles
 from patchmill.tools.profiler.timing import Neighbours, measured, steps_in_turns, torch_threads, wait_for
 from patchmill.trainer.config.pretrain import PretrainConfig
@@ -95,7 +96,7 @@ def _alone(config: PretrainConfig, device: torch.device, seconds: float) -> dict
             link = _link_seconds(batch.images, device)
         size, pixels = _sizes(loader)  # last: it would warm the caches
     found = []
-    for name in STAGES:
+    for name in HOLDERS:
         walls, cpus = zip(*(costs.get(name, Seconds()) for costs in rounds[1:]), strict=True)
         if any(walls):
             found.append({"name": name, "wall": measured(walls), "cpu": measured(cpus)})

@@ -26,7 +26,7 @@ HOLDERS: Mapping[str, tuple[str, ...]] = {
     "colour": (FRONT,),
     "host copy": (FRONT,),
 }
-"""what a stage holds besides a core"""
+"""what a stage holds besides a core; stages in the order in which an image passes them"""
 COMPUTES = ("checks", "decode", "resize", "bookkeeping")
 """stages of the reader threads that never wait for anything"""
 WAITS = 2.0
@@ -47,7 +47,7 @@ def with_step(model: Model, step: dict[str, Any]) -> Model:
     """Adds the step of a report: an image holds the device, and this host's cores for the CPU time."""
     seconds = step["seconds"]["median"] / step["batch"]
     stage = Stage(STEP, {DEVICE: seconds, CORES: step["cpu_seconds"] / step["batch"]}, spread(step["seconds"]))
-    return Model([*model.without(STEP).stages, stage], {**model.servers, DEVICE: 1.0})
+    return Model([*model.stages, stage], {**model.servers, DEVICE: 1.0})
 
 
 def _stage(cost: dict[str, Any], loader: dict[str, Any]) -> Stage:

@@ -6,51 +6,16 @@ docs/profile.md documents the schema. It has a number, and reports of another nu
 import dataclasses
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from patchmill import __version__
 from patchmill.pipeline.atomic import whole_file
-from patchmill.tools.profiler.bottleneck import Model, Verdict
-from patchmill.tools.profiler.remedies import Remedy
-from patchmill.tools.profiler.timing import environment
-from patchmill.trainer.config.pretrain import PretrainConfig
-from patchmill.trainer.flops import train_flops_per_image
 
 SCHEMA = 1
 FILE = "report.json"
-
-
-def make(
-    mode: str, command: str, config: PretrainConfig, device: torch.device, sections: dict[str, Any],
-    model: Model | None, verdict: Verdict | None, remedies: Sequence[Remedy], noise: str | None,
-) -> dict[str, Any]:  # fmt: skip
-    """Makes a report of plain values, fit for JSON.
-
-    Args:
-        sections: by name: loader, step, train, kernels.
-        model, verdict: the conclusions; None for kernels alone.
-        noise: what disturbed the measurements; None on a quiet machine.
-    """
-    report: dict[str, Any] = {
-        "schema": SCHEMA,
-        "mode": mode,
-        "command": command,
-        "patchmill": __version__,
-        "machine": environment(str(device)),
-        "noise": noise,
-        "device": device.type,
-        "flops_per_image": train_flops_per_image(config.model, config.mask),
-        "config": config,
-        **sections,
-    }
-    if model is not None:
-        report["model"] = {**vars(model), "supplies": model.supplies()}
-        report |= {"verdict": verdict, "remedies": remedies}
-    return plain(report)
 
 
 def write(report: dict[str, Any], folder: Path) -> Path:

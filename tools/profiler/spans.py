@@ -16,9 +16,6 @@ from patchmill.trainer.engine.world import World
 from patchmill.trainer.pretrain import open_loader as open_run_loader
 from patchmill.trainer.recipes.pretrain import with_options
 
-STAGES = ("plan", "storage", "checks", "decode", "resize", "bookkeeping", "masks", "colour", "host copy")
-"""in the order in which an image passes them"""
-
 
 class Seconds(NamedTuple):
     """Time spent: on the clock, and of it on a core."""
@@ -75,7 +72,7 @@ class Spans:
 
 
 class Stopwatch:
-    """Measures the wall and CPU time of a block on its thread; a class, since contextmanager costs half as much again."""
+    """Measures the wall and CPU time of a block on its thread; contextmanager would cost half as much again."""
 
     def __init__(self, spans: Spans, name: str) -> None:
         self.spans, self.name = spans, name
@@ -88,7 +85,7 @@ class Stopwatch:
 
 
 def stages(seen: Seen) -> dict[str, Seconds]:
-    """Splits nested spans into the stages of a report; stages that took no time are left out."""
+    """Splits nested spans into the stages that an image passes, in order; those that took no time are left out."""
     found = {
         "plan": seen["plan"],
         "storage": seen["read"].less(seen["check"]),
