@@ -91,11 +91,12 @@ def sweep(report: Report, axes: Any) -> None:
         (group, colour, [each["images_per_s"]["median"] * (each["name"] == group) for each in settings])
         for group, colour in zip(groups, (BLUE, AMBER, GREEN), strict=False)
     ]
-    names = [f"{each['name']} {each['value']:g}" for each in settings]
+    names = [f"{each['name']} {each['value']:g}: {each['images_per_s']['median']:,.0f}" for each in settings]
     together = report["loader"]["together"]["images_per_s"]["median"]
     label = f"images per second; black: quartiles, dashed: as configured ({together:,.0f})"
-    _bars(axes, names, layers, [f"{rate['median']:,.0f}" for rate in rates], label, line=together)
+    _bars(axes, names, layers, [""] * len(rates), label, line=together)
     axes.hlines(range(len(rates)), [rate["low"] for rate in rates], [rate["high"] for rate in rates], color=INK)
+    axes.set_xlim(0, 1.05 * max(together, *(rate["high"] for rate in rates)))
 
 
 def steps(report: Report, axes: Any) -> None:
