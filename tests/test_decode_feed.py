@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
+from patchmill.pipeline.config import MaskConfig
 from patchmill.pipeline.decode.dali import _Source
 from patchmill.pipeline.loader import DataConfig, build_loader
-from patchmill.pipeline.plan.masks import MaskConfig
 from patchmill.pipeline.read.threads import Pool
 from tests.support.photos import make_dataset
 

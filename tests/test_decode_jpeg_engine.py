@@ -3,15 +3,16 @@
 import ctypes
 import logging
 import re
+from typing import Any
 
 import pytest
 import torch
 
+from patchmill.pipeline.config import MaskConfig
 from patchmill.pipeline.decode import jpeg_engine
 from patchmill.pipeline.decode.dali import DaliDecoder, ThreadCounts
 from patchmill.pipeline.decode.jpeg_engine import VIDEO_LIBRARY, find_jpeg_engine, jpeg_engine_answers
 from patchmill.pipeline.loader import DataConfig, build_loader
-from patchmill.pipeline.plan.masks import MaskConfig
 from tests.support.photos import make_dataset
 
 
@@ -50,7 +51,7 @@ def machine(monkeypatch):
                 return nvjpeg
             raise OSError(f"{name}: cannot open shared object file")
 
-        monkeypatch.setattr(jpeg_engine.ctypes, "CDLL", load)
+        monkeypatch.setattr(ctypes, "CDLL", load)
         monkeypatch.setattr(jpeg_engine, "_nvjpeg_names", lambda: iter(["libnvjpeg.so.13"]))
         jpeg_engine_answers.cache_clear()
         return asked
@@ -104,8 +105,9 @@ def test_only_decoding_on_a_gpu_asks_for_the_engine(machine, tmp_path):
     asked = machine(FakeNvjpeg(8), video=True)
     path = make_dataset(tmp_path, count=4, sides=(40, 60))
     config = DataConfig(path=str(path), decoder="dali", workers=16, last_batch="fill")
-    options = dict(image_size=32, patch_size=8, channels=3, mask=MaskConfig(), seed=0, global_batch=4)
+    options: dict[str, Any] = dict(image_size=32, patch_size=8, channels=3, mask=MaskConfig(), seed=0, global_batch=4)
     with build_loader(config, **options) as loader:
+        assert isinstance(loader.maker.decoder, DaliDecoder)
         assert loader.maker.decoder.threads == ThreadCounts(readers=4, dali=14)
         assert not asked
         common = {name: getattr(loader.maker.decoder, name) for name in ("image_size", "channels", "interpolation")}

@@ -81,7 +81,7 @@ def recomputed(q, k, v):
 def test_a_compiled_graph_holds_the_choice(function, forced, is_fused, monkeypatch):
     """A CPU has a flash backend as well, which shows whether the choice reaches the graph, forward and backward."""
     monkeypatch.setattr(module, "forced", forced)
-    names = []
+    names: list[str] = []
 
     def look(graph, inputs):
         names.extend(str(node.target) for node in graph.graph.nodes if node.op == "call_function")

@@ -10,6 +10,7 @@ import torch
 from patchmill.pipeline.batch import Batch
 from patchmill.pipeline.config import MaskConfig
 from patchmill.pipeline.plan.masks import MaskPlan
+from patchmill.pipeline.waits import Waits
 from patchmill.trainer.config.pretrain import OptimConfig
 from patchmill.trainer.engine import step as step_module
 from patchmill.trainer.engine.optim import build_optimizer, find_apex
@@ -67,7 +68,7 @@ def test_nothing_waits_for_the_device_between_log_steps(precision, options, monk
     model, optimizer = make()
     guard = Guard(CPU, spike_factor=2.0, named_parameters=model.named_parameters())
     metrics = Metrics(tmp_path, ALONE, global_batch=8, flops_per_image=1.0, tensorboard=False, wandb=None)
-    metrics.start(0.0)
+    metrics.start(Waits(CPU))
     # Adam's first step makes its state, and the host reads constants for it
     update(model, optimizer, batch_of(), world=ALONE, guard=guard, autocast=precision, **options)
     batches = [batch_of(epoch) for epoch in range(3)]
@@ -76,7 +77,7 @@ def test_nothing_waits_for_the_device_between_log_steps(precision, options, monk
             set_learning_rate(optimizer, 1e-3 * number)
             values = update(model, optimizer, batch, world=ALONE, guard=guard, autocast=precision, **options)
             metrics.add(number, 0.1, 1e-3, values, batch.sample_ids)
-    metrics.flush(0.0, guard.names, **mask_token_norm(model))
+    metrics.flush(Waits(CPU), guard.names, **mask_token_norm(model))
     metrics.close()
     assert metrics.latest["step"] == 3
     assert metrics.latest["mask_token_norm"] == pytest.approx(model.mask_token.norm().item())
@@ -173,7 +174,7 @@ def run_with_bad_gradients(run, poison, losses=(1.0,), **guard_options):
         batch = batch_of(number)
         values = update(scaled_loss(model, factor), optimizer, batch, world=ALONE, guard=guard)
         metrics.add(number, 0.1, 1e-3, values, batch.sample_ids)
-    metrics.flush(0.0, guard.names)
+    metrics.flush(Waits(CPU), guard.names)
     metrics.close()
     return metrics
 

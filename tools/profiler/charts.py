@@ -18,7 +18,7 @@ WIDEST = 5.0
 """end of the axis of resources, in binding rates"""
 NAMED = 6
 """the parts that take longest have names on the roofline"""
-STYLE = {
+STYLE: Any = {
     "svg.fonttype": "none", "svg.hashsalt": "patchmill", "font.size": 9, "font.family": "sans-serif",
     "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": INK, "axes.axisbelow": True,
     "legend.frameon": False, "legend.fontsize": 8,

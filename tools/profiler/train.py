@@ -134,8 +134,8 @@ class Watcher(Spans):
             for each in self.taken.values():
                 each.clear()
             self.lengths.clear()
-            for each in self.events.values():
-                each.clear()
+            for events in self.events.values():
+                events.clear()
             self.before, self.around = self.since(), Neighbours().__enter__()
         if self.target and len(self.steps) >= self.target:
             self._finish()
