@@ -5,7 +5,7 @@ they are not, the fused optimizer leaves weights and moments unchanged. The host
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -184,10 +184,10 @@ def whole(tensor: Any) -> Tensor:
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
-def _norms(gradients: list[Tensor]) -> Sequence[Tensor]:
+def _norms(gradients: list[Tensor]) -> list[Tensor]:
     if hasattr(gradients[0], "to_local"):
         return [torch.linalg.vector_norm(gradient) for gradient in gradients]
-    return torch._foreach_norm(gradients)
+    return list(torch._foreach_norm(gradients))
 
 
 def _shard(tensor: Any) -> Tensor:
