@@ -168,7 +168,7 @@ def update(
     if guard.fp16:
         torch._foreach_mul_(gradients, 1 / scale)
     norms = _norms(gradients)
-    own_norm = whole(torch.linalg.vector_norm(torch.stack(list(norms))))  # as torch.nn.utils.get_total_norm
+    own_norm = whole(torch.linalg.vector_norm(torch.stack(norms)))  # as torch.nn.utils.get_total_norm
     first_bad = guard.first_bad(dict(zip(reached, map(_shard, norms), strict=True)))
     # after this all ranks hold the same numbers and decide alike
     mean_loss, grad_norm = world.mean(torch.stack([own_loss, own_norm]))
