@@ -25,7 +25,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks import published_operators as published
-from benchmarks.check_kernels import check_all, check_candidates
+from benchmarks.check_candidates import check_candidates
+from benchmarks.check_kernels import check_all
 from benchmarks.pages import results_folder
 from patchmill.kernels.add_norm import add_norm
 from patchmill.kernels.backend import active_backend

@@ -10,24 +10,18 @@ sums over rows or over the batch are allowed 64 eps. Gathers move values and mus
 docs/numerics.md.
 """
 
-import contextlib
-import os
-import sys
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from benchmarks import published_operators as published
-from patchmill.kernels.add_norm import add_norm
+from benchmarks.compare import assert_close, assert_equal, grad_of, poisoned_empty, sum_tolerance
 from patchmill.kernels.gather import gather_patches, gather_tokens
 from patchmill.kernels.masked_loss import masked_l1, masked_mse
 from patchmill.kernels.permute import mask_indices
 from patchmill.kernels.philox import STREAM_MASK, draw_numpy
-from patchmill.kernels.short_attention import short_attention
 from patchmill.kernels.unshuffle import unshuffle
 
 MEAN, STD = (0.485, 0.456, 0.406, 0.3, 0.5, 0.5, 0.5, 0.5), (0.229, 0.224, 0.225, 0.2, 0.25, 0.25, 0.25, 0.25)
@@ -67,78 +61,6 @@ CASES = (
 )
 # Most patches are kept, so that the interpreter has few programs to run.
 MANY_PATCHES = Case("3136 patches", 1, 224, 224, 1, 4, 3000, 16, 1)
-
-
-@contextlib.contextmanager
-def poisoned_empty() -> Iterator[None]:
-    """Fill what torch.empty, empty_like and new_empty return inside the library with NaN (or a huge integer).
-
-    An output that a kernel leaves unwritten then shows in every comparison instead of passing by luck.
-    """
-    originals: list[tuple[Any, str, Any]] = [
-        (torch, "empty", torch.empty),
-        (torch, "empty_like", torch.empty_like),
-        (Tensor, "new_empty", Tensor.new_empty),
-    ]
-
-    def poison(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        def replacement(*args: Any, **kwargs: Any) -> Tensor:
-            tensor = original(*args, **kwargs)
-            if torch.compiler.is_compiling() or not _is_library(sys._getframe(1).f_globals):
-                return tensor
-            if tensor.is_floating_point():
-                return tensor.fill_(float("nan"))
-            return tensor.fill_(torch.iinfo(tensor.dtype).max) if tensor.dtype != torch.bool else tensor
-
-        return replacement
-
-    for owner, name, original in originals:
-        setattr(owner, name, poison(original))
-    try:
-        yield
-    finally:
-        for owner, name, original in originals:
-            setattr(owner, name, original)
-
-
-def _is_library(frame_globals: dict[str, Any]) -> bool:
-    return str(frame_globals.get("__name__", "")).startswith("patchmill.")
-
-
-def assert_close(name: str, found: Tensor | None, expected: Tensor | None, tolerance: float | None = None) -> None:
-    """Compare by relative norm in float64; the tolerance follows from found's dtype unless given. NaN never passes."""
-    assert found is not None, f"{name}: missing"
-    assert expected is not None
-    assert found.shape == expected.shape, f"{name}: shape {tuple(found.shape)}, expected {tuple(expected.shape)}"
-    if tolerance is None:
-        tolerance = 16 * _rounding(torch.float32) if found.dtype == torch.float32 else _rounding(found.dtype)
-    difference, size = torch.linalg.vector_norm(found.double() - expected.double()), torch.linalg.vector_norm(expected)
-    error = (difference / size.double().clamp(min=1e-30)).item()
-    assert error <= tolerance, f"{name} ({found.dtype}, {found.device}): relative error {error:.3g} > {tolerance:.3g}"
-
-
-def _rounding(dtype: torch.dtype) -> float:
-    """Relative error of one rounding. Triton's interpreter truncates to bfloat16, where a device rounds to nearest."""
-    truncates = dtype == torch.bfloat16 and os.environ.get("TRITON_INTERPRET") == "1"
-    return torch.finfo(dtype).eps / (1 if truncates else 2)
-
-
-def _sum_tolerance(dtype: torch.dtype) -> float:
-    """Allow for a float32 sum over many rows, then rounded to dtype."""
-    return 128 * _rounding(torch.float32) + (0 if dtype == torch.float32 else _rounding(dtype))
-
-
-def assert_equal(name: str, found: Tensor | None, expected: Tensor) -> None:
-    """Compare bit for bit."""
-    assert found is not None, f"{name}: missing"
-    assert found.dtype == expected.dtype, f"{name}: {found.dtype}, expected {expected.dtype}"
-    assert torch.equal(found, expected), f"{name} ({found.device}): differs from the expected values"
-
-
-def grad_of(tensor: Tensor) -> Tensor:
-    """Return a gradient that must be there."""
-    assert tensor.grad is not None
-    return tensor.grad
 
 
 def _draw_images(case: Case, device: str) -> Tensor:
@@ -220,10 +142,10 @@ def check_gather_tokens(case: Case, dtype: torch.dtype, device: str) -> None:
         expected.backward(grad.double())
         if with_pos:
             assert_close(name + "tokens", found, expected)
-            assert_close(name + "dpos", pos.grad, pos64.grad, _sum_tolerance(torch.float32))
+            assert_close(name + "dpos", pos.grad, pos64.grad, sum_tolerance(torch.float32))
         else:
             assert_equal(name + "tokens", found, expected.to(dtype))
-        assert_close(name + "dx", x.grad, x64.grad, _sum_tolerance(dtype))
+        assert_close(name + "dx", x.grad, x64.grad, sum_tolerance(dtype))
 
 
 def check_unshuffle(case: Case, dtype: torch.dtype, device: str) -> None:
@@ -241,8 +163,8 @@ def check_unshuffle(case: Case, dtype: torch.dtype, device: str) -> None:
     expected.backward(grad.double())
     assert_close(name + "tokens", found, expected)
     assert_equal(name + "dx", x.grad, grad_of(x64).to(dtype))
-    assert_close(name + "dmask_token", token.grad, token64.grad, _sum_tolerance(torch.float32))
-    assert_close(name + "dpos", pos.grad, pos64.grad, _sum_tolerance(torch.float32))
+    assert_close(name + "dmask_token", token.grad, token64.grad, sum_tolerance(torch.float32))
+    assert_close(name + "dpos", pos.grad, pos64.grad, sum_tolerance(torch.float32))
 
 
 def check_masked_loss(case: Case, dtype: torch.dtype, device: str, power: int = 2, norm_pix: bool = True) -> None:
@@ -265,57 +187,6 @@ def check_masked_loss(case: Case, dtype: torch.dtype, device: str, power: int = 
     with torch.no_grad():
         without_grad = operator(pred, images, ids_mask, case.patch, mean, std, norm_pix)
     assert_equal(name + "loss without gradient", without_grad, found)
-
-
-def check_add_norm(rows: int, width: int, dtype: torch.dtype, device: str) -> None:
-    """Sum, norm and gradients equal those of an addition and PyTorch's LayerNorm, of the sum as it was rounded."""
-    name = f"add_norm, {rows} x {width}: "
-    x, delta = (torch.randn(rows, width, device=device).to(dtype).requires_grad_() for _ in range(2))
-    weight, bias = (torch.randn(width, device=device).requires_grad_() for _ in range(2))
-    leaves = (x, delta, weight, bias)
-    found = add_norm(x, delta, weight, bias)
-    x, delta, weight, bias = (leaf.detach().double().requires_grad_() for leaf in leaves)
-    grads = [torch.randn(rows, width, device=device).to(dtype) for _ in range(2)]
-    torch.autograd.backward(found, grads)
-    total = x + delta
-    rounded = total + (found[0].double() - total).detach()
-    norm = torch.nn.functional.layer_norm(rounded, (width,), weight, bias, 1e-6)
-    torch.autograd.backward((rounded, norm), [grad.double() for grad in grads])
-    assert_close(name + "sum", found[0], total)
-    assert_close(name + "norm", found[1], norm)
-    for part, leaf, exact in zip(("dx", "ddelta", "dweight", "dbias"), leaves, (x, delta, weight, bias), strict=True):
-        assert_close(name + part, leaf.grad, grad_of(exact), _sum_tolerance(leaf.dtype))
-
-
-def check_short_attention(tokens: int, heads: int, width: int, dtype: torch.dtype, device: str) -> None:
-    """Output and gradient equal those of scaled_dot_product_attention in float64.
-
-    Products take 16-bit weights and 16-bit gradients of scores: two roundings more than the result's.
-    """
-    qkv = torch.randn(2, tokens, 3, heads, width, device=device).to(dtype).requires_grad_()
-    grad = torch.randn(2, tokens, heads, width, device=device).to(dtype)
-    exact = qkv.detach().double().requires_grad_()
-    found = short_attention(qkv)
-    found.backward(grad)
-    expected = torch.nn.functional.scaled_dot_product_attention(*exact.permute(2, 0, 3, 1, 4)).transpose(1, 2)
-    expected.backward(grad.double())
-    name, tolerance = f"short_attention, {tokens} tokens, {heads} x {width}: ", 3 * _sum_tolerance(dtype)
-    assert_close(name + "out", found, expected, tolerance)
-    assert_close(name + "dqkv", qkv.grad, grad_of(exact), tolerance)
-
-
-def check_candidates(device: str) -> int:
-    """Run the checks of the candidates at the sizes of the models; returns how many ran. For GPUs."""
-    norms = [(513, width) for width in (512, 768, 1280)]
-    heads = [(50, 12, 64), (65, 3, 32), (197, 16, 32), (197, 3, 64), (257, 4, 32)]
-    with poisoned_empty():
-        for rows, width in norms:
-            for dtype in DTYPES:
-                check_add_norm(rows, width, dtype, device)
-        for tokens, number, width in heads:
-            for dtype in (torch.bfloat16, torch.float16):
-                check_short_attention(tokens, number, width, dtype, device)
-    return len(norms) * len(DTYPES) + 2 * len(heads)
 
 
 def check_large_offsets(device: str) -> None:

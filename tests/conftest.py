@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from benchmarks.check_kernels import poisoned_empty
+from benchmarks.compare import poisoned_empty
 
 
 @pytest.fixture(autouse=True)

@@ -12,6 +12,7 @@ from test_checkpoint_files import trained_pair
 from patchmill.tools.console.options import parse
 from patchmill.trainer.checkpoints import checkpoint
 from patchmill.trainer.checkpoints.save import Saver
+from patchmill.trainer.checkpoints.staging import Staging
 from patchmill.trainer.config.pretrain import PretrainConfig, TrainConfig
 from patchmill.trainer.config.toml import from_toml, to_toml
 from patchmill.trainer.engine.step import Guard
@@ -89,7 +90,7 @@ def test_a_checkpoint_holds_the_same_values_of_the_guard_as_ever(tmp_path):
 
 
 def test_buffers_are_made_once():
-    staging, values = checkpoint.Staging(), torch.arange(12.0).view(3, 4)
+    staging, values = Staging(), torch.arange(12.0).view(3, 4)
     first = staging.copy("x", values.T)  # safetensors takes contiguous tensors only
     assert first.is_contiguous()
     assert torch.equal(first, values.T)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import check_kernels
+from benchmarks import check_candidates, check_kernels, compare
 from benchmarks.check_kernels import CASE_CHECKS, CASES, DTYPES, MANY_PATCHES
 from patchmill.kernels import backend
 from patchmill.kernels.add_norm import add_norm
@@ -56,8 +56,8 @@ def test_other_losses(case, power, norm_pix):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_candidates_equal_pytorch(dtype):
-    check_kernels.check_add_norm(67, 48, dtype, "cpu")
-    check_kernels.check_short_attention(21, 3, 32, dtype, "cpu")
+    check_candidates.check_add_norm(67, 48, dtype, "cpu")
+    check_candidates.check_short_attention(21, 3, 32, dtype, "cpu")
 
 
 def test_candidates_examples():
@@ -100,7 +100,7 @@ def test_a_perfect_prediction_of_absolute_error_has_no_gradient():
     images = torch.randint(0, 256, (1, 4, 4, 1), dtype=torch.uint8)
     pred = gather_patches(images, ids([0]), 4, *BYTES_AS_THEY_ARE, torch.float32).requires_grad_()
     masked_l1(pred, images, ids([0]), 4, *BYTES_AS_THEY_ARE, norm_pix=False).backward()
-    assert not check_kernels.grad_of(pred).any()
+    assert not compare.grad_of(pred).any()
 
 
 def test_float16_gradient_of_a_large_batch_survives_loss_scaling():
@@ -111,7 +111,7 @@ def test_float16_gradient_of_a_large_batch_survives_loss_scaling():
     (masked_mse(pred, images, keep_none, 16, MEAN, STD, True) * 2.0**16).backward()
     exact = pred.detach().double().requires_grad_()
     (masked_mse(exact, images, keep_none, 16, MEAN, STD, True) * 2.0**16).backward()
-    check_kernels.assert_close("dpred", pred.grad, exact.grad)
+    compare.assert_close("dpred", pred.grad, exact.grad)
 
 
 def test_gradients_by_finite_differences():

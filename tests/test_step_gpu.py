@@ -18,7 +18,8 @@ from benchmarks.published_mae import PublishedMAE
 from patchmill.pipeline.batch import Batch
 from patchmill.pipeline.config import MaskConfig
 from patchmill.pipeline.plan.masks import MaskPlan
-from patchmill.trainer.checkpoints.checkpoint import Staging, take_snapshot
+from patchmill.trainer.checkpoints.checkpoint import take_snapshot
+from patchmill.trainer.checkpoints.staging import Staging
 from patchmill.trainer.config.model import ModelConfig
 from patchmill.trainer.config.pretrain import OptimConfig
 from patchmill.trainer.engine.cuda_graph import EAGER_STEPS, GraphedUpdate

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from benchmarks import check_kernels
+from benchmarks import check_candidates, check_kernels
 from benchmarks.check_kernels import CASE_CHECKS, CASES, COVERING, OTHER_LOSSES
 
 pytestmark = pytest.mark.gpu
@@ -27,7 +27,7 @@ def test_other_losses(power, norm_pix):
 
 
 def test_candidates_equal_pytorch():
-    check_kernels.check_candidates("cuda")
+    check_candidates.check_candidates("cuda")
 
 
 def test_mask_indices_equal_those_of_numpy():

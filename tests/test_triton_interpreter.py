@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from benchmarks import check_kernels
+from benchmarks import check_candidates, check_kernels
 from benchmarks.check_kernels import CASE_CHECKS, CASES, DTYPES, MANY_PATCHES, OTHER_LOSSES
 from patchmill.kernels.backend import active_backend
 from patchmill.kernels.philox import philox_numpy
@@ -69,10 +69,10 @@ def test_other_losses(case, power, norm_pix):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_add_norm(dtype):
-    check_kernels.check_add_norm(67, 48, dtype, "cpu")  # two programs of the backward pass, a width beyond a block
+    check_candidates.check_add_norm(67, 48, dtype, "cpu")  # two programs of the backward pass, a width beyond a block
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)  # the interpreter cannot multiply bfloat16
 @pytest.mark.parametrize(("tokens", "heads", "width"), [(7, 1, 32), (40, 3, 32), (33, 1, 64)])
 def test_short_attention(tokens, heads, width, dtype):
-    check_kernels.check_short_attention(tokens, heads, width, dtype, "cpu")
+    check_candidates.check_short_attention(tokens, heads, width, dtype, "cpu")

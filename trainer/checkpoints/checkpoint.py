@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from patchmill.pipeline.atomic import whole_folder
 from patchmill.trainer.checkpoints.model_file import check_size, load_weights, read_model_config, shard_like
+from patchmill.trainer.checkpoints.staging import Staging
 from patchmill.trainer.config.model import list_changes
 from patchmill.trainer.engine.step import Guard, whole
 from patchmill.trainer.model.build import build_model
@@ -50,22 +51,6 @@ class Snapshot(NamedTuple):
     state: dict[str, Any]
     copied: torch.cuda.Event | None = None
     """a GPU may still be copying the tensors until this event"""
-
-
-class Staging:
-    """Buffers in main memory for copies of tensors, made at the first copy of each name and used again.
-
-    Those for tensors of a GPU are pinned, and it copies into them in the order of its stream while the host goes on.
-    """
-
-    def __init__(self) -> None:
-        self._buffers: dict[str, Tensor] = {}
-
-    def copy(self, name: str, tensor: Tensor) -> Tensor:
-        """Copies a tensor into its buffer and returns that. On a GPU the values arrive later."""
-        if name not in self._buffers:
-            self._buffers[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
-        return self._buffers[name].copy_(tensor, non_blocking=True)
 
 
 def take_snapshot(

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from patchmill.trainer.checkpoints import checkpoint
+from patchmill.trainer.checkpoints.staging import Staging
 from patchmill.trainer.config.pretrain import TrainConfig
 from patchmill.trainer.engine.step import Guard
 from patchmill.trainer.engine.world import World
@@ -24,7 +25,7 @@ class Saver:
         self.run, self.config, self.world = run, config, world
         in_thread = world.device.type == "cuda" if config.async_save is None else config.async_save
         self._thread = ThreadPoolExecutor(1, "patchmill-save") if in_thread and world.is_first else None
-        self._staging = checkpoint.Staging() if self._thread is not None else None
+        self._staging = Staging() if self._thread is not None else None
         self._writing: Future[None] | None = None
 
     def save(
